@@ -1,0 +1,3308 @@
+#!/usr/bin/env python3
+"""bayeux_server.py: live messages for small projects, in one file, standard library only.
+
+Bayeux (the protocol of CometD) carries JSON *events* between browsers and a server over named
+*channels*: a client subscribes to ``/chat/demo``, anybody publishes there, everybody subscribed
+receives.  Between browser and server there is nothing but HTTP requests: the client keeps one
+request open, and the server answers it when there is something to say (*long-polling*).
+
+    python bayeux_server.py --port 8080 --docroot .        # serve this folder, and chat
+
+    from bayeux_server import BayeuxServer, LocalClient    # or ten lines of your own
+
+    with BayeuxServer(port=8080, docroot='.') as server:
+        bot = LocalClient(server, 'bot')
+        bot.subscribe('/chat/*', lambda message: print(message['data']))
+        bot.publish('/chat/demo', {'user': 'bot', 'text': 'Hello'})
+        input('Enter stops the server.')
+
+The way of one event, from the publisher's request to the subscriber's held one:
+
+    publisher                                                            subscriber
+        | POST [{"channel": "/chat/demo", "data": ...}]                      |
+        v                                                                    |
+    connection --> handler thread --> core --> session's queue               |
+    (§9)           reads HTTP (§10)   (§5)     (§4)   |                      |
+                                                      v                      v
+                                       long-poll wait (§7) --> the held /meta/connect (§9, §10)
+
+Contents.  A section uses only what stands above it.
+
+    §1  Names and numbers     channel names, limits, options, the vocabulary
+    §2  Channels              the grammar of names and patterns, the registry
+    §3  Messages              errors, JSON in and out, events
+    §4  Sessions              a remote client as the server sees it; held connects
+    §5  The protocol          handshake, connect, subscribe, publish, services, extensions
+    §6  Local clients         publishing and subscribing inside this process
+    §7  The long-poll wait    one thread on one Condition: the only way out for events
+    §8  WebSocket frames      (their place; they are not in this edition)
+    §9  Connections           sockets parked without a thread, woken by bytes
+    §10 HTTP transport        requests, long-polling, callback-polling, files
+    §11 The server            BayeuxServer
+    §12 Command line          arguments, logging, signals, the two demo parts
+
+What it does not do: keep messages (an event goes to who is subscribed now), run on several
+machines, speak HTTP/2, or authenticate for you (see ``message_acl`` for where that goes).
+
+The specification is "The Bayeux Protocol Specification 1.0"; sections of it are named in the code
+like this: (Bayeux, "Connect Request").  The server succeeds POE::Component::Server::Bayeux; "the
+original" below is that one.
+
+MIT licence, see LICENSE.
+"""
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import datetime
+import difflib
+import email.message
+import email.utils
+import errno
+import heapq
+import http.server
+import ipaddress
+import json
+import logging
+import math
+import os
+import queue
+import random
+import re
+import secrets
+import selectors
+import signal
+import socket
+import socketserver
+import ssl
+import sys
+import threading
+import time
+import urllib.parse
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import field
+from functools import lru_cache, partial
+from http import HTTPStatus
+from typing import Any, BinaryIO, ClassVar, NamedTuple
+
+__all__ = ["BayeuxError", "BayeuxServer", "LocalClient", "OptionError", "Request", "Response", "Session"]
+__version__ = "1.0"
+
+
+# ======================================================================================
+# §1  Names and numbers
+#
+# The vocabulary, used throughout:
+#
+#   session      the server's side of one remote client, from handshake to disconnect
+#   client       only ever a LocalClient, a subscriber inside this process
+#   channel      a name such as /chat/demo; a pattern is a name or a wildcard, /chat/*
+#   message      one JSON object of the protocol; a batch is one array of them
+#   event        a published message; a reply is the answer to one request message
+#   connect      the message by which a client asks for events; the server may hold it,
+#                that is, leave it unanswered until there is something to say
+#   lease        how long a session lives unheard
+#   transport    what carries batches; an exchange is one request of it and its answer
+#   connection   a socket
+#
+# Times are seconds, as floats.  Milliseconds stand only inside JSON and in names ending _ms.
+# ======================================================================================
+
+HANDSHAKE = "/meta/handshake"
+CONNECT = "/meta/connect"
+DISCONNECT = "/meta/disconnect"
+SUBSCRIBE = "/meta/subscribe"
+UNSUBSCRIBE = "/meta/unsubscribe"
+PING = "/meta/ping"                     # no part of Bayeux 1.0; dojo's clients of 2008 send it
+META, SERVICE = "/meta/", "/service/"   # channels of the protocol itself, and of private calls
+
+VERSION = "1.0"                         # of the protocol: the newest and the oldest we speak
+LONG_POLLING, CALLBACK_POLLING = "long-polling", "callback-polling"
+CONNECTION_TYPES = (LONG_POLLING, CALLBACK_POLLING)
+
+MAX_CHANNEL_LENGTH = 255                # characters; a name of n segments lies in n + 1 patterns
+MAX_JSON_DEPTH = 100                    # arrays and objects within each other; people use five
+MAX_HEAD = 16 * 1024                    # bytes of request line and headers; Apache: 8 KiB a line
+MAX_CALLBACK_LENGTH = 64                # characters of a JSONP callback's name
+REMEMBERED_SESSIONS = 1000              # ended sessions whose reason is still told to a late client
+MULTIPLE_CLIENTS_INTERVAL = 2.0         # seconds between polls of a crowded browser; CometD: 2
+BUSY_RETRY = 5                          # seconds, in Retry-After, for who was over a limit
+KEEP_ALIVE = 75.0                       # seconds an idle connection is kept; nginx: 75
+LINGER = 2.0                            # seconds to let a refused client read why
+ACCEPT_BACKLOG = 1024                   # connections the kernel queues; socketserver's 5 drops some
+RECEIVE_SIZE = 64 * 1024                # bytes read from a socket, or from a file, at a time
+REQUESTS_AT_ONCE = 16                   # of one connection, before others have their turn
+ANSWERS_AT_ONCE = 32                    # connects answered between two looks at the queues
+
+
+class OptionError(ValueError):
+    """An option of the server has a value it may not have.  The text names option, value and what is allowed."""
+
+
+class Kind(NamedTuple):
+    """What values an option takes: in words, as a test, and as read from a command line."""
+
+    allowed: str
+    accepts: Callable[[Any], bool]
+    read: Callable[[str], Any] | None = None
+    many: bool = False
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def whole(low: int, high: float = math.inf) -> Kind:
+    words = f"a whole number from {low} to {high}" if high < math.inf else f"a whole number, {low} or more"
+    return Kind(words, lambda value: is_number(value) and value == int(value) and low <= value <= high, int)
+
+
+def seconds(low: float = 0.0) -> Kind:
+    words = "a number of seconds, %s" % (f"{low:g} or more" if low else "0 or more")
+    return Kind(words, lambda value: is_number(value) and value >= low, float)
+
+
+def names(words: str, accepts: Callable[[str], bool] = bool) -> Kind:
+    """Several texts.  A lone text is refused: its characters would be taken for the members."""
+    return Kind("a list of " + words, lambda value: isinstance(value, (list, tuple, set, frozenset)) and all(
+        isinstance(each, str) and accepts(each) for each in value), str, True)
+
+
+def table(words: str, accepts: Callable[[Any, Any], bool], read: Callable[[str], Any] | None = None) -> Kind:
+    return Kind(words, lambda value: isinstance(value, Mapping) and all(
+        accepts(key, entry) for key, entry in value.items()), read, read is not None)
+
+
+def is_network(value: str) -> bool:
+    try:
+        return bool(ipaddress.ip_network(value, strict=False))
+    except ValueError:
+        return False
+
+
+def is_origin(value: str) -> bool:
+    return value == "*" or re.fullmatch(r"https?://[^/\s]+", value) is not None
+
+
+def read_type_expires(text: str) -> tuple[str, int]:
+    mime_type, _, lifetime = text.partition("=")
+    return mime_type.strip(), int(lifetime)
+
+
+SWITCH = Kind("True or False", lambda value: isinstance(value, bool))
+TEXT = Kind("a text that is not empty", lambda value: isinstance(value, str) and value != "", str)
+PATH = Kind("a file's path, or None", lambda value: value is None or isinstance(value, (str, os.PathLike)), str)
+FOLDER = Kind("a folder that exists, or None",
+              lambda value: value is None or (isinstance(value, (str, os.PathLike)) and os.path.isdir(value)), str)
+FUNCTION = Kind("a function, or None", lambda value: value is None or callable(value))
+FUNCTIONS = table("a mapping of names to functions", lambda name, function: isinstance(name, str) and callable(function))
+URL_PATH = Kind("an absolute path such as /cometd", lambda value: isinstance(value, str)
+                and re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", value) is not None, str)
+TYPE_EXPIRES = table("MIME types with whole seconds, image/png=3600", lambda mime_type, lifetime: (
+    isinstance(mime_type, str) and "/" in mime_type and is_number(lifetime) and lifetime >= 0), read_type_expires)
+EXTENSIONS = Kind("a list of objects with incoming(session, message) or outgoing(session, message)",
+                  lambda value: isinstance(value, (list, tuple)) and all(
+                      hasattr(each, "incoming") or hasattr(each, "outgoing") for each in value))
+TLS_CONTEXT = Kind("an ssl.SSLContext, or None", lambda value: value is None or isinstance(value, ssl.SSLContext))
+
+
+def about(kind: Kind, help_text: str, flag: str | None = None) -> dict:
+    """What is known of an option; it is on the command line when its kind can be read there."""
+    return {"kind": kind, "help": help_text, "flag": flag}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Everything that can be set, the keywords of BayeuxServer; most are flags too (--help).
+
+    Raises:
+        OptionError: a value is not of its kind, or two options contradict each other.
+    """
+
+    # Where it listens, and what it serves
+    host: str = field(default="127.0.0.1", metadata=about(
+        TEXT, "address to listen on; 0.0.0.0 is every one of this machine"))
+    port: int = field(default=8080, metadata=about(whole(0, 65535), "TCP port; 0 takes any free one"))
+    path: str = field(default="/cometd", metadata=about(URL_PATH, "where Bayeux is spoken, with every path below it"))
+    alias: str = field(default="bayeux", metadata=about(
+        TEXT, "name by which LocalClient finds the server in this process"))
+    docroot: str | None = field(default=None, metadata=about(FOLDER, "folder of static files"))
+    directory_index: Iterable[str] = field(default=("index.html",), metadata=about(
+        names("file names", lambda name: "/" not in name), "file shown for a folder, in order of preference", "--directory-index"))
+    type_expires: Mapping[str, int] = field(default_factory=dict, metadata=about(
+        TYPE_EXPIRES, "how long browsers may keep files of a MIME type, in s"))
+    tls_cert: str | None = field(default=None, metadata=about(
+        PATH, "certificate chain (PEM): serve HTTPS; needs --tls-key"))
+    tls_key: str | None = field(default=None, metadata=about(PATH, "private key (PEM) of --tls-cert"))
+    tls_context: ssl.SSLContext | None = field(default=None, metadata=about(
+        TLS_CONTEXT, "TLS as you set it up yourself"))
+
+    # Who may do what
+    anon_publish: bool = field(default=False, metadata=about(
+        SWITCH, "let remote clients publish without a handshake"))
+    allowed_origins: Iterable[str] = field(default=(), metadata=about(
+        names("origins such as https://example.org, or *", is_origin), "other site whose pages may use this server; * is any, without cookies", "--allowed-origin"))
+    trusted_proxies: Iterable[str] = field(default=(), metadata=about(
+        names("IP addresses or networks", is_network), "proxy whose X-Forwarded-For is believed", "--trusted-proxy"))
+    bind_sessions: bool = field(default=False, metadata=about(
+        SWITCH, "a session works only with the cookie of its handshake"))
+
+    # Times of the protocol
+    timeout: float = field(default=30.0, metadata=about(seconds(), "how long a /meta/connect is held"))
+    interval: float = field(default=0.0, metadata=about(seconds(), "how long clients pause between two connects"))
+    connect_timeout: float = field(default=120.0, metadata=about(
+        seconds(0.001), "how long a session lives without an open /meta/connect"))
+    request_timeout: float = field(default=30.0, metadata=about(
+        seconds(0.001), "how long a client may take to send a request, or to take in an answer"))
+    grace: float = field(default=5.0, metadata=about(seconds(), "how long stopping may take"))
+
+    # Limits
+    client_max_connections: int = field(default=10, metadata=about(
+        whole(0), "Bayeux requests open at once from one address; 0: no limit"))
+    max_sessions: int = field(default=10_000, metadata=about(whole(1), "sessions at once"))
+    max_sessions_per_browser: int = field(default=0, metadata=about(
+        whole(0), "held connects of one browser (told by cookie); further sessions of it are told to poll; 0: no limit"))
+    max_subscriptions: int = field(default=1000, metadata=about(whole(1), "subscriptions of one session"))
+    max_queue: int = field(default=10_000, metadata=about(
+        whole(1), "events that may wait for one session; one more ends it"))
+    max_message_size: int = field(default=64 * 1024, metadata=about(whole(1), "bytes of one message"))
+    max_request_size: int = field(default=1024 * 1024, metadata=about(whole(1), "bytes of one request's body"))
+    max_threads: int = field(default=64, metadata=about(whole(2), "handler threads at most"))
+
+    # Extensions of the protocol
+    json_comment_filtered: bool = field(default=True, metadata=about(
+        SWITCH, "replies as /*[...]*/ for old clients that ask for it"))
+    timesync: bool = field(default=True, metadata=about(
+        SWITCH, "answer ext.timesync, by which a client learns our clock"))
+    timestamp: bool = field(default=False, metadata=about(SWITCH, "put our time into replies and events"))
+    forward_id: bool = field(default=False, metadata=about(
+        SWITCH, "send events with their publisher's id (some clients then lose them)"))
+    extensions: Iterable[Any] = field(default=(), metadata=about(
+        EXTENSIONS, "your own: incoming and outgoing methods"))
+
+    # The application's code
+    services: Mapping[str, Callable] = field(default_factory=dict, metadata=about(
+        FUNCTIONS, "name of /service/<name>, and what answers it"))
+    message_acl: Callable | None = field(default=None, metadata=about(
+        FUNCTION, "called with session and message: text refuses"))
+    callback: Callable | None = field(default=None, metadata=about(
+        FUNCTION, "told of subscribe, publish, client_connect, ..."))
+    content_handlers: Mapping[str, Callable] = field(default_factory=dict, metadata=about(
+        FUNCTIONS, "URL path prefix, and what answers it"))
+    post_handle: Callable | None = field(default=None, metadata=about(
+        FUNCTION, "called with request and response of plain HTTP"))
+
+    # Logging
+    debug: bool = field(default=False, metadata=about(SWITCH, "log every message"))
+    log_file: str | None = field(default=None, metadata=about(PATH, "log into this file"))
+
+    def __post_init__(self) -> None:
+        for row in dataclasses.fields(self):
+            value, kind = getattr(self, row.name), row.metadata["kind"]
+            if not kind.accepts(value):
+                raise OptionError(f"{row.name} is {value!r}: it must be {kind.allowed}")
+        if self.interval >= self.connect_timeout:
+            raise OptionError(f"interval is {self.interval!r}: it must be less than connect_timeout, {self.connect_timeout!r}, or every session "
+                              "would expire between two connects")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise OptionError(f"tls_cert is {self.tls_cert!r} and tls_key is {self.tls_key!r}: give both, or none")
+        if self.tls_cert is not None and self.tls_context is not None:
+            raise OptionError(f"tls_cert is {self.tls_cert!r}: with tls_context it must be None")
+        for prefix in self.content_handlers:
+            if not prefix.startswith("/") or prefix == self.path:
+                raise OptionError(f"content_handlers has {prefix!r}: it must be a path that begins with / and "
+                                  f"is not {self.path}")
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> Options:
+        known = [row.name for row in dataclasses.fields(cls)]
+        for name in keywords:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                raise OptionError("{} is no option{}".format(name, f"; did you mean {near[0]}?" if near else ""))
+        return cls(**keywords)
+
+
+# ======================================================================================
+# §2  Channels
+#
+# A channel's name is a path: /chat/demo.  Nobody creates a channel, it is there while
+# somebody is subscribed to it.  A subscription names a pattern: a channel, or a wildcard
+# in the last place, where * stands for exactly one segment and ** for one or more.
+#
+#     /chat/*    matches /chat/demo, not /chat nor /chat/demo/sub
+#     /chat/**   matches /chat/demo and /chat/demo/sub, not /chat
+#     /*         matches /chat;    /**  matches every broadcast channel
+#     /*/demo    is no pattern
+#
+# Names beginning /meta/ are the protocol's own, those beginning /service/ are private
+# calls; neither is ever broadcast.  (Bayeux, "Channels", "Channel Globbing")
+# ======================================================================================
+
+#   channel_name     = "/" channel_segment *( "/" channel_segment )
+#   channel_segment  = 1*( alpha | digit | "-" | "_" | "!" | "~" | "(" | ")" | "$" | "@" )
+SEGMENT = r"[A-Za-z0-9\-_!~()$@]+"
+CHANNEL_NAME = re.compile(rf"(?:/{SEGMENT})+")
+
+#   channel_pattern  = channel_name | *( "/" channel_segment ) "/" ( "*" | "**" )
+CHANNEL_PATTERN = re.compile(rf"(?:/{SEGMENT})*/(?:{SEGMENT}|\*\*?)")
+
+
+def is_channel_name(value: str) -> bool:
+    """Whether value names one channel."""
+    return len(value) <= MAX_CHANNEL_LENGTH and CHANNEL_NAME.fullmatch(value) is not None
+
+
+def is_channel_pattern(value: str) -> bool:
+    """Whether value can be subscribed to: a channel's name, or one ending in a wildcard."""
+    return len(value) <= MAX_CHANNEL_LENGTH and CHANNEL_PATTERN.fullmatch(value) is not None
+
+
+@lru_cache(maxsize=1024)
+def patterns_matching(name: str) -> tuple[str, ...]:
+    """Every pattern that matches the channel: itself, and a wildcard for each way up.
+
+    >>> patterns_matching('/chat/demo')
+    ('/chat/demo', '/chat/*', '/chat/**', '/**')
+    """
+    segments = name.split("/")[1:]
+    parents = ["/".join([""] + segments[:depth]) for depth in range(len(segments) - 1, -1, -1)]
+    return (name, parents[0] + "/*", *(parent + "/**" for parent in parents))
+
+
+class ChannelRegistry:
+    """Who is subscribed to what: a dict of sets, pattern to subscribers.
+
+    A publish looks up as many patterns as the channel's name is deep; how many channels and clients
+    there are does not matter.  (The original asked every client, for every event.)
+    """
+
+    def __init__(self) -> None:
+        self._subscribers: dict[str, set] = {}
+
+    def add(self, pattern: str, subscriber: Any) -> None:
+        self._subscribers.setdefault(pattern, set()).add(subscriber)
+
+    def discard(self, pattern: str, subscriber: Any) -> None:
+        subscribers = self._subscribers.get(pattern)
+        if subscribers is not None:
+            subscribers.discard(subscriber)
+            if not subscribers:
+                del self._subscribers[pattern]
+
+    def subscribers(self, name: str) -> Iterable:
+        """The subscribers of the channel, each once, however many of its patterns match."""
+        matching = [self._subscribers[pattern] for pattern in patterns_matching(name) if pattern in self._subscribers]
+        return matching[0] if len(matching) == 1 else set().union(*matching)
+
+
+# ======================================================================================
+# §3  Messages
+#
+# A message is a JSON object with a channel.  A client sends a batch, an array of them (or a
+# single object), and gets a batch back: exactly one reply to each message, in order,
+# whatever is wrong with it.  Only events come unasked.  (Bayeux, "Messages")
+# ======================================================================================
+
+# (Bayeux, "error"): error = code ":" args ":" text.  What the codes say here:
+ERROR_MEANINGS = {
+    400: "malformed: a field is missing, or is not what it must be",
+    401: "no clientId",
+    402: "the session is not known, or no longer",
+    403: "refused",
+    404: "no such meta channel, or no such service",
+    405: "no channel name, or no pattern",
+    409: "conflict: not in this state",
+    413: "too large",
+    429: "too many",
+    500: "the application's code failed",
+    503: "the server is busy, or stopping",
+}
+NOT_IN_ERRORS = re.compile(r"[^A-Za-z0-9 \-_!~()$@/*.]")
+
+
+class BayeuxError(ValueError):
+    """Why a message is refused; str() of it is the reply's error field, ``code:args:text``.
+
+    Arguments:
+        code: a key of ERROR_MEANINGS.
+        argument: what it is about: a clientId, a channel's name, or ''.
+        text: for people.
+        fields: more for the reply, such as advice.
+
+    Faye's client reads no code from an error that has other characters than the specification's, so
+    any other becomes an underscore.
+    """
+
+    def __init__(self, code: int, argument: str, text: str, **fields: Any) -> None:
+        shown = [NOT_IN_ERRORS.sub("_", part)[:150] for part in (argument, text)]
+        super().__init__(":".join([str(code), *shown]))
+        self.code = code
+        self.fields = fields
+
+    @classmethod
+    def from_text(cls, code: int, channel: str, text: str) -> BayeuxError:
+        """The refusal in an application's words: a whole ``code:args:text``, or only the text."""
+        parts = re.fullmatch(r"(\d{3}):([^:]*):(.*)", text, re.DOTALL)
+        return cls(int(parts[1]), parts[2], parts[3]) if parts else cls(code, channel, text)
+
+
+def refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
+
+
+def finite_float(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError("a number is too large")
+    return number
+
+
+def moderate_int(text: str) -> int:
+    if len(text) > 300:                 # beyond a double's range, and quadratic to read
+        raise ValueError("a number is too large")
+    return int(text)
+
+
+def object_of_unique_keys(pairs: list) -> dict:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("an object has the same key twice")
+    return fields
+
+
+JSON_DECODER = json.JSONDecoder(object_pairs_hook=object_of_unique_keys, parse_constant=refuse_constant,
+                                parse_float=finite_float, parse_int=moderate_int)
+JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+JSON_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]', re.DOTALL)
+
+encode_json = JSON_ENCODER.encode
+
+
+def json_depth(text: str) -> int:
+    """How many arrays and objects lie within each other, at most."""
+    depth = deepest = 0
+    for token in JSON_STRING_OR_BRACKET.finditer(text):
+        first = token[0][0]
+        if first in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+            if deepest > MAX_JSON_DEPTH:
+                break
+        elif first in "]}":
+            depth -= 1
+    return deepest
+
+
+def decode_json(body: bytes | str) -> Any:
+    """The value of a JSON text from outside, or BayeuxError 400.
+
+    Stricter than json.loads: no NaN, no duplicate keys (two readers would read two messages), no lone
+    surrogates (they cannot be sent on as UTF-8), a bound on depth (our recursion, and the application's).
+    """
+    try:
+        text = body.decode("utf-8") if isinstance(body, (bytes, bytearray)) else body
+        if text.count("[") + text.count("{") > MAX_JSON_DEPTH and json_depth(text) > MAX_JSON_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}")
+        value = JSON_DECODER.decode(text)
+        if "\\ud" in text or "\\uD" in text:
+            encode_json(value).encode("utf-8")
+        return value
+    except json.JSONDecodeError as error:
+        raise BayeuxError(400, "", f"Not JSON - {error.msg} at character {error.pos}") from None
+    except UnicodeError:
+        raise BayeuxError(400, "", "Not UTF-8") from None
+    except ValueError as error:
+        raise BayeuxError(400, "", f"Not JSON - {error}") from None
+
+
+def decode_batch(texts: Iterable[bytes | str]) -> list:
+    """The messages of a request: each text holds one message, or an array of them."""
+    messages: list = []
+    for text in texts:
+        value = decode_json(text)
+        messages.extend(value if isinstance(value, list) else [value])
+    if not messages:
+        raise BayeuxError(400, "", "The batch holds no message")
+    return messages
+
+
+def with_fields(text: str, fields: dict) -> str:
+    """The JSON object of text with more fields; an ext is merged into the one that is there."""
+    message = json.loads(text)
+    if "ext" in fields and "ext" in message:
+        fields = dict(fields, ext={**message["ext"], **fields["ext"]})
+    return encode_json({**message, **fields})
+
+
+def timestamp_now() -> str:
+    """(Bayeux, "timestamp"): YYYY-MM-DDThh:mm:ss.ss in GMT."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-4]
+
+
+class TimeSync(NamedTuple):
+    """What ext.timesync of a request said, and when it came."""
+
+    client_time_ms: float
+    lag_ms: float
+    offset_ms: float
+    received_ms: float
+
+    @classmethod
+    def of(cls, message: dict) -> TimeSync | None:
+        ext = message.get("ext")
+        asked = ext.get("timesync") if isinstance(ext, dict) else None
+        if not isinstance(asked, dict) or not is_number(asked.get("tc")):
+            return None
+        lag, offset = (asked[key] if is_number(asked.get(key)) else 0 for key in ("l", "o"))
+        return cls(asked["tc"], lag, offset, time.time() * 1000)
+
+    def reply(self) -> dict:
+        """tc their time, ts ours at receipt, p how long we held it, a how far their idea of our time was off.
+
+        All are there, and numbers: dojox computes NaN without a.
+        """
+        held_ms = max(0, round(time.time() * 1000 - self.received_ms))
+        accuracy_ms = round(self.client_time_ms + self.offset_ms + self.lag_ms - self.received_ms)
+        return {"tc": self.client_time_ms, "ts": round(self.received_ms), "p": held_ms, "a": accuracy_ms}
+
+
+class Event:
+    """A published message.  Its JSON text is made once, for all subscribers.
+
+    The text holds channel, data, the publisher's ext, and nothing else of the publisher's message.  In
+    particular never its clientId: whoever knows it can act as that client.  Nor its id, unless told to:
+    aiocometd takes an event with an id for a reply, and loses it.  Only subscribers in this process
+    see both.  (Bayeux, "Delivery", "clientId")
+    """
+
+    __slots__ = ("channel", "client_id", "id", "text")
+
+    def __init__(self, fields: dict, client_id: str | None = None, id: Any = None) -> None:
+        self.channel = fields["channel"]
+        self.text = encode_json(fields)
+        self.client_id = client_id
+        self.id = id
+
+    def local_message(self) -> dict:
+        """A new dict each time, so that one subscriber's changes are nobody else's."""
+        message = json.loads(self.text)
+        if self.client_id is not None:
+            message["clientId"] = self.client_id
+        if self.id is not None:
+            message["id"] = self.id
+        return message
+
+    def notice(self) -> dict:
+        """For the server's listeners."""
+        message = self.local_message()
+        return {"channel": self.channel, "data": message["data"], "client_id": self.client_id, "id": self.id,
+                "ext": message.get("ext")}
+
+
+# ======================================================================================
+# §4  Sessions
+#
+# A session begins with a handshake and ends when its client disconnects, is not heard of
+# for connect_timeout, lets more than max_queue events pile up, or the server stops.  What
+# happens to it (Bayeux, "Client State Table", seen from the server):
+#
+#   state \ event  | connect          | event           | timeout, or   | reply written,  | disconnect
+#                  |                  |                 | newer connect | or lost         |
+#   ---------------+------------------+-----------------+---------------+-----------------+-----------
+#   new            | reply at once    | queue it        | lease over:   |                 | ended
+#                  |   -> connected   |                 |   ended       |                 |
+#   connected      | hold it -> held  | queue it        | lease over:   |                 | ended
+#                  |                  |                 |   ended       |                 |
+#   held           | release the      | queue it, and   | reply without | connection lost | release,
+#                  |   older, hold    |  reply with the |   events      |   -> connected, | ended
+#                  |   the newer      |  queue -> conn. |   -> connected|   queue kept    |
+#   ended          | 402, handshake   | -               | -             | -               | 402
+#
+# While the events of a reply are on their way into a socket the session is *in flight*: no
+# other reply takes events, so that those of a reply that fails can go back to the front of
+# the queue and order is kept.
+# ======================================================================================
+
+# Why a session ended; the words are told to its client if it comes back, and to callbacks.
+ENDED_ASKED = "asked"
+ENDED_TIMEOUT = "timeout"
+ENDED_QUEUE = "queue overflow"
+ENDED_SHUTDOWN = "server shutdown"
+
+
+class Exchange:
+    """One request of a transport and its answer, as far as the core needs to know it.
+
+    Attributes:
+        transport: the connection type that carries it.
+        address: the client's IP address.
+        browser: the BAYEUX_BROWSER cookie that came, or None.
+        may_hold: False when another request waits behind this one on its connection.
+        is_large: whether one of its messages may be larger than max_message_size.
+        hold: the /meta/connect that is held here, or None.
+        comment_filtered: whether a session that asked for it is served.
+    """
+
+    __slots__ = ("comment_filtered", "hold")
+    transport = LONG_POLLING
+    address = ""
+    browser: str | None = None
+    may_hold = True
+    is_large = False
+
+    def __init__(self) -> None:
+        self.hold: Hold | None = None
+        self.comment_filtered = False
+
+    def name_browser(self) -> str | None:
+        """The browser's name, given to it now if it has none (where the transport can)."""
+        return self.browser
+
+    def send(self, answer: Answer) -> bool | None:
+        """Write the answer, without blocking.  True: written; False: lost; None: settled later."""
+        raise TypeError(f"{type(self).__name__} has no way to send")
+
+
+class Hold:
+    """A /meta/connect that waits for its answer."""
+
+    __slots__ = ("deadline", "exchange", "reply", "session", "timesync")
+
+    def __init__(self, session: Session, exchange: Exchange, reply: str, timesync: TimeSync | None,
+                 deadline: float) -> None:
+        self.session = session
+        self.exchange = exchange
+        self.reply = reply
+        self.timesync = timesync
+        self.deadline = deadline
+
+
+class Answer:
+    """What leaves in answer to one request: its replies, then events of one session."""
+
+    __slots__ = ("events", "exchange", "late_fields", "replies", "session")
+
+    def __init__(self, exchange: Exchange, replies: list[str], session: Session | None = None,
+                 events: Iterable[Event] = (), late_fields: Callable[[], dict] | None = None) -> None:
+        self.exchange = exchange
+        self.replies = replies
+        self.session = session
+        self.events = events
+        self.late_fields = late_fields
+
+    def batch(self) -> str:
+        """The JSON array.  The reply to a plain connect is not encoded again: its text was made when it was held."""
+        replies = self.replies
+        if self.late_fields is not None:
+            replies = [with_fields(replies[0], self.late_fields())]
+        return "[{}]".format(",".join([*replies, *[event.text for event in self.events]]))
+
+
+class Session:
+    """A remote client.  Everything that is not documented here belongs to the core and its lock.
+
+    Attributes:
+        id: its clientId; None for whoever publishes without a handshake.
+        address: IP address of its handshake.
+        transport: the connection type of its latest connect.
+        created: when it began, seconds since 1970.
+        flags: a dict for the application, for example to remember in message_acl who logged in.
+        subscriptions: the patterns that it is subscribed to.
+        ended: why it ended, or None.
+    """
+
+    __slots__ = ("__weakref__", "address", "browser", "comment_filtered", "connected", "created", "crowded", "ended", "flags", "hold", "id", "in_flight", "is_ready", "lease", "queue", "subscriptions", "timer", "transport")
+
+    def __init__(self, id: str | None, exchange: Exchange) -> None:
+        self.id = id
+        self.address = exchange.address
+        self.browser = exchange.browser
+        self.transport = exchange.transport
+        self.created = time.time()
+        self.flags: dict = {}
+        self.subscriptions: set[str] = set()
+        self.ended: str | None = None
+        self.comment_filtered = False
+        self.connected = False              # had its first connect answered
+        self.crowded = False                # was told of multiple clients in its browser
+        self.queue: list[Event] = []
+        self.in_flight = False
+        self.hold: Hold | None = None
+        self.is_ready = False               # stands in the core's queue of sessions with something to say
+        self.lease = math.inf               # when it ends, unless it is heard of before
+        self.timer: float | None = None  # when the wait looks at it next
+
+    def __repr__(self) -> str:
+        return f"<Session {self.id} from {self.address}>"
+
+    def accept(self, event: Event, core: Bayeux) -> None:
+        """Queue the event.  Under the lock."""
+        self.queue.append(event)
+        if len(self.queue) == 1:            # else it is ready already, or cannot be
+            core.make_ready(self)
+        elif len(self.queue) > core.options.max_queue:
+            core.overfull.append(self)
+
+    def end(self, reason: str, core: Bayeux) -> None:
+        """Leave the server.  Under the lock."""
+        core.end_session(self, reason)
+
+    @property
+    def can_take_events(self) -> bool:
+        return self.hold is not None and not self.in_flight
+
+    @property
+    def deadline(self) -> float | None:
+        """When something must be done about it: its held connect answered, or itself ended."""
+        if self.hold is not None:
+            return self.hold.deadline
+        return None if self.in_flight or self.ended else self.lease
+
+
+class Mailbox:
+    """Work for the application's code, done in order, a piece at a time, on a handler thread, without the lock.
+
+    A local client has one, and the listeners of the server's events have one in common.  So a callback
+    may do what it likes, publishing and closing included, and a slow one holds up only itself.
+    """
+
+    __slots__ = ("core", "handle", "is_scheduled", "items")
+
+    def __init__(self, core: Bayeux, handle: Callable[[Any], None]) -> None:
+        self.core = core
+        self.handle = handle
+        self.items: list = []
+        self.is_scheduled = False
+
+    def put(self, item: Any) -> None:
+        """Under the lock.  The core's wake() then sees to it that it is opened."""
+        self.items.append(item)
+        if not self.is_scheduled:
+            self.is_scheduled = True
+            self.core.scheduled_mailboxes += 1
+            self.core.mailboxes.append(self)
+
+    def open(self) -> None:
+        """Handle all there is; a piece that fails is logged and harms no other."""
+        while True:
+            with self.core.condition:
+                items, self.items = self.items, []
+                if not items:
+                    self.is_scheduled = False
+                    self.core.scheduled_mailboxes -= 1
+                    self.core.condition.notify_all()    # for whoever stops the server and waits for this
+                    return
+            for item in items:
+                try:
+                    self.handle(item)
+                except Exception:
+                    self.core.logger.exception("a callback failed; %s goes on", type(self.handle).__name__)
+
+
+# ======================================================================================
+# §5  The protocol
+#
+# The core.  It takes batches of messages and answers them through their exchange; it does no
+# input or output itself and knows nothing of HTTP, so that a test drives it with plain dicts.
+#
+# What happens:   handshake   a session is made; its clientId is the key to everything else
+#                 connect     the client asks for events; the first is answered at once, later
+#                             ones are held until there are some, or `timeout` is over
+#                 subscribe, unsubscribe, publish, calls of services, disconnect
+#
+# The lock.  One threading.Condition guards sessions, registry, queues and mailboxes.  Under it
+# no input or output, no code of the application and no JSON of unbounded size: decide under
+# the lock, act outside it.  Methods that need it held say so and assert it.  Waiting for it is
+# the long-poll wait (§7), which answers what the methods here have made ready.
+# ======================================================================================
+
+ANY_VERSION = re.compile(r"\d+(?:\.[A-Za-z0-9][A-Za-z0-9\-_]*)*")
+
+
+def version_key(version: str) -> list[tuple]:
+    """For comparing versions element by element; 1.0beta comes before 1.0.  (Bayeux, "Version")"""
+    elements = []
+    for element in version.split("."):
+        digits = re.match(r"\d*", element)[0]
+        elements.append((int(digits or 0), element == digits, element))
+    return elements
+
+
+def is_message_id(value: Any) -> bool:
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
+
+
+class Turn:
+    """What the messages of one request share."""
+
+    __slots__ = ("connecting", "exchange", "is_shared")
+
+    def __init__(self, exchange: Exchange, is_shared: bool) -> None:
+        self.exchange = exchange
+        self.is_shared = is_shared                      # the request has more than one message
+        self.connecting: Session | None = None       # whose events go with the answer
+
+
+class Bayeux:
+    """The protocol over sessions, channels and queues.
+
+    Arguments:
+        options: limits, times, and the application's code.
+        logger: one line for each refusal goes here.
+        run_later: runs a function on another thread, soon; here, if there are no threads (tests).
+        step_aside: called before the application's code, which may take its time, runs on this thread.
+        clock: seconds that only ever grow.
+    """
+
+    def __init__(self, options: Options, logger: logging.Logger | None = None,
+                 run_later: Callable[[Callable], None] = lambda job: job(),
+                 step_aside: Callable[[], None] = lambda: None,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.options = options
+        self.logger = logger or logging.getLogger("bayeux_server")
+        self.clock = clock
+        self.services = dict(options.services)
+        self.lock = threading.Lock()
+        self.condition = threading.Condition(self.lock)
+        self.registry = ChannelRegistry()
+        self.sessions: dict[str, Session] = {}
+        self.local_clients: dict[str, LocalClient] = {}
+        self.ready: collections.deque[Session] = collections.deque()        # with events and a held connect
+        self.released: collections.deque[Answer] = collections.deque()      # connects to answer without events
+        self.overfull: list[Session | LocalClient] = []               # with more events than max_queue
+        self.timers: list[tuple[float, int, Session]] = []                  # a heap: when to look at whom
+        self.mailboxes: list[Mailbox] = []                                  # to be opened
+        self.scheduled_mailboxes = 0                                        # those, and those being opened
+        self.stopping = False
+        self._departed: collections.OrderedDict[str, str] = collections.OrderedDict()
+        self._timer_number = 0
+        self._run_later = run_later
+        self._step_aside = step_aside
+        self._listeners = [options.callback] if options.callback else []
+        self._notices = Mailbox(self, self._tell_listeners)
+        self._incoming = [each.incoming for each in options.extensions if hasattr(each, "incoming")]
+        self._outgoing = [each.outgoing for each in reversed(options.extensions) if hasattr(each, "outgoing")]
+        self._meta = {HANDSHAKE: self._handshake, CONNECT: self._connect, DISCONNECT: self._disconnect,
+                      SUBSCRIBE: self._subscribe, UNSUBSCRIBE: self._unsubscribe, PING: self._ping}
+
+    # -- A batch ---------------------------------------------------------------------------
+
+    def receive(self, messages: list, exchange: Exchange) -> None:
+        """Handle a batch and answer it through the exchange, at once or (a held connect) later.
+
+        A handshake makes the rest of its request void (Bayeux, "Handshake Request").  A connect is
+        handled first, whatever its place, and what was published before it goes with its answer.
+        """
+        handshake = next((each for each in messages if isinstance(each, dict) and each.get("channel") == HANDSHAKE),
+                         None)
+        if handshake is not None:
+            messages = [handshake]
+        turn = Turn(exchange, is_shared=len(messages) > 1)
+        places = range(len(messages))
+        if turn.is_shared:
+            places = sorted(places, key=lambda place: not (
+                isinstance(messages[place], dict) and messages[place].get("channel") == CONNECT))
+        replies: list[list[str]] = [[]] * len(messages)
+        for place in places:
+            replies[place] = self._replies_to(messages[place], turn)
+        self.wake()
+        texts = [text for each in replies for text in each]
+        if texts:                           # none: its connect is held, and the exchange now the wait's
+            self._answer(exchange, texts, turn.connecting)
+
+    def _replies_to(self, message: Any, turn: Turn) -> list[str]:
+        """Handle one message.  The texts of its replies: one; several of some services; none if held."""
+        session: Session | None = None
+        request = message if isinstance(message, dict) else {}
+        try:
+            session = self._session_of(request, turn)
+            request = self._admit(session, message, turn)
+            return self._handle(session, request, turn)
+        except BayeuxError as error:
+            self._log_refusal(request, turn.exchange, error)
+            return self._finish(session, request, self._refusal(request, error))
+        except Exception:                   # ours or an extension's: the neighbours are answered all the same
+            self.logger.exception("handling a message on %.100r failed", request.get("channel"))
+            error = BayeuxError(500, self._channel_shown(request), "The server failed")
+            return [encode_json(self._refusal(request, error))]
+
+    def _session_of(self, message: dict, turn: Turn) -> Session | None:
+        """The session that the message's clientId names, if it names one; its lease begins anew."""
+        client_id = message.get("clientId")
+        session = self.sessions.get(client_id) if isinstance(client_id, str) else None
+        if session is None:
+            return None
+        if self.options.bind_sessions and session.browser != turn.exchange.browser:
+            self.logger.warning("session %s was used without the cookie of its handshake, from %s",
+                                client_id, turn.exchange.address)
+            return None
+        session.lease = self.clock() + self.options.connect_timeout
+        if session.comment_filtered:
+            turn.exchange.comment_filtered = True
+        return session
+
+    def _admit(self, session: Session | None, message: Any, turn: Turn) -> dict:
+        """The message as the extensions leave it, once its common fields are known to be right."""
+        if not isinstance(message, dict):
+            raise BayeuxError(400, "", "A message is an object")
+        if turn.exchange.is_large and len(encode_json(message).encode("utf-8")) > self.options.max_message_size:
+            raise BayeuxError(413, self._channel_shown(message), f"The message is larger than {self.options.max_message_size} bytes")
+        if message.get("id") is not None and not is_message_id(message["id"]):
+            raise BayeuxError(400, self._channel_shown(message), "id must be a string or a number")
+        for incoming in self._incoming:
+            self._step_aside()
+            message = incoming(session, message)
+            if message is None:
+                raise BayeuxError(403, "", "An extension refused the message")
+        channel = message.get("channel")
+        if not isinstance(channel, str):
+            raise BayeuxError(400, "", "channel is missing" if channel is None else "channel must be a string")
+        return message
+
+    def _handle(self, session: Session | None, message: dict, turn: Turn) -> list[str]:
+        channel = message["channel"]
+        handler = self._handler(channel)
+        if channel != HANDSHAKE:
+            if session is None:
+                session = self._unknown_client(message, turn, may_be_anonymous=(
+                    channel == PING or (channel not in self._meta and self.options.anon_publish)))
+            self._check_acl(session, message)
+        return handler(session, message, turn)
+
+    def _handler(self, channel: str) -> Callable[[Any, dict, Turn], list[str]]:
+        if channel in self._meta:
+            return self._meta[channel]
+        if channel.startswith(META):
+            raise BayeuxError(404, channel, "Unknown channel")
+        if not is_channel_name(channel):
+            raise BayeuxError(405, channel, "A pattern cannot be published to" if is_channel_pattern(channel)
+                              else "Bad channel name")
+        return self._call_service if channel.startswith(SERVICE) else self._publish
+
+    def _unknown_client(self, message: dict, turn: Turn, may_be_anonymous: bool) -> Session:
+        """A session for this one message only, if it may do without; or why there is none."""
+        client_id = message.get("clientId")
+        if client_id is None:               # a null clientId is none (the original let it pass for one)
+            if may_be_anonymous:
+                return Session(None, turn.exchange)
+            raise BayeuxError(401, "", "No clientId", advice=self._advice("handshake"))
+        if not isinstance(client_id, str):
+            raise BayeuxError(400, "", "clientId must be a string", advice=self._advice("handshake"))
+        reason = self._departed.get(client_id)
+        raise BayeuxError(402, client_id, "Unknown client" + (f" - it ended by {reason}" if reason else ""),
+                          advice=self._advice("handshake"))
+
+    def _check_acl(self, session: Session, message: dict) -> None:
+        """Ask the application whether the message may pass; what fails to answer refuses."""
+        acl = self.options.message_acl
+        if acl is None:
+            return
+        channel = message["channel"]
+        self._step_aside()
+        try:
+            refusal = acl(session, message)
+        except Exception:
+            self.logger.exception("message_acl failed; the message on %s is refused", channel)
+            refusal = "Refused"
+        if refusal is not None and refusal is not True and refusal != "":
+            raise BayeuxError.from_text(403, channel, refusal if isinstance(refusal, str) else "Refused")
+
+    # -- Replies ---------------------------------------------------------------------------
+
+    @staticmethod
+    def _success(message: dict, **fields: Any) -> dict:
+        """channel, successful, id as it came (0 and "0" included), and fields."""
+        reply = {"channel": message["channel"], "successful": True, **fields}
+        if message.get("id") is not None:
+            reply["id"] = message["id"]
+        return reply
+
+    @staticmethod
+    def _refusal(message: dict, error: BayeuxError) -> dict:
+        """What the request had and can be repeated, and why it is refused.  (Bayeux, "error")"""
+        reply: dict = {"successful": False, "error": str(error)}
+        if isinstance(message.get("channel"), str):
+            reply["channel"] = message["channel"]
+        if is_message_id(message.get("id")):
+            reply["id"] = message["id"]
+        if message.get("channel") in (SUBSCRIBE, UNSUBSCRIBE) and "subscription" in message:
+            reply["subscription"] = message["subscription"]
+        if message.get("channel") == HANDSHAKE:
+            # No second try would fare better, except with other credentials.
+            reply["advice"] = {"reconnect": "handshake" if error.code == 401 else "none"}
+        return {**reply, **error.fields}
+
+    def _finish(self, session: Session | None, message: dict, reply: dict) -> list[str]:
+        """The reply's text, after the extensions.  One that they drop is replaced: every message gets its reply."""
+        reply = self._through_extensions(session, reply) or self._refusal(
+            message, BayeuxError(403, self._channel_shown(message), "An extension dropped the reply"))
+        late = self._late_fields(TimeSync.of(message) if self.options.timesync else None)
+        return [with_fields(encode_json(reply), late) if late else encode_json(reply)]
+
+    def _late_fields(self, timesync: TimeSync | None) -> dict:
+        """The fields of a reply that depend on when it leaves."""
+        fields: dict = {}
+        if timesync is not None:
+            fields["ext"] = {"timesync": timesync.reply()}
+        if self.options.timestamp:
+            fields["timestamp"] = timestamp_now()
+        return fields
+
+    def _advice(self, reconnect: str = "retry") -> dict:
+        """(Bayeux, "advice"); timeout is always there with retry: Faye needs it to know a dead server."""
+        if reconnect != "retry":
+            return {"reconnect": reconnect, "interval": 0}
+        return {"reconnect": "retry", "interval": round(self.options.interval * 1000),
+                "timeout": round(self.options.timeout * 1000)}
+
+    @staticmethod
+    def _channel_shown(message: dict) -> str:
+        channel = message.get("channel")
+        return channel if isinstance(channel, str) else ""
+
+    def _log_refusal(self, message: dict, exchange: Exchange, error: BayeuxError) -> None:
+        self.logger.info("refused %.100r from %s: %s", message.get("channel"), exchange.address or "-", error)
+
+    # -- Handshake -------------------------------------------------------------------------
+
+    def _handshake(self, session: Session | None, message: dict, turn: Turn) -> list[str]:
+        """(Bayeux, "Handshake")
+
+        Request:  channel, version, supportedConnectionTypes, minimumVersion?, ext?, id?
+        Reply:    channel, successful, version, minimumVersion, supportedConnectionTypes, clientId,
+                  advice, ext?, id?
+        Refused:  error, advice none (or handshake: try again), and no clientId
+        """
+        self._check_version(message)
+        types = self._common_types(message, turn)
+        session = Session(secrets.token_hex(16), turn.exchange)     # 128 random bits, never reused
+        self._check_acl(session, message)
+        reply = self._success(message, version=VERSION, minimumVersion=VERSION, supportedConnectionTypes=types,
+                              clientId=session.id, advice=self._advice())
+        ext = message.get("ext")
+        if self.options.json_comment_filtered and isinstance(ext, dict) and ext.get("json-comment-filtered") in (1, "true"):
+            session.comment_filtered = turn.exchange.comment_filtered = True
+            reply["ext"] = {"json-comment-filtered": True}
+        session.browser = turn.exchange.name_browser()
+        with self.condition:
+            if self.stopping:
+                raise BayeuxError(503, "", "The server is stopping",
+                                  advice={"reconnect": "handshake", "interval": BUSY_RETRY * 1000})
+            if len(self.sessions) >= self.options.max_sessions:
+                raise BayeuxError(429, "", "Too many sessions",
+                                  advice={"reconnect": "handshake", "interval": BUSY_RETRY * 1000})
+            self.sessions[session.id] = session
+            session.lease = self.clock() + self.options.connect_timeout
+            self._schedule(session)
+            self._tell("client_connect", client_id=session.id, ip=session.address)
+        self.logger.debug("session %s begins, from %s", session.id, session.address)
+        return self._finish(session, message, reply)
+
+    @staticmethod
+    def _check_version(message: dict) -> None:
+        for name in ("version", "minimumVersion"):
+            value = message.get(name)
+            if value is None and name == "version":
+                raise BayeuxError(400, HANDSHAKE, "version is missing")
+            if value is not None and not (isinstance(value, str) and ANY_VERSION.fullmatch(value)):
+                raise BayeuxError(400, HANDSHAKE, f"{name} must be a version such as 1.0")
+        oldest = message.get("minimumVersion")
+        if oldest is not None and version_key(oldest) > version_key(VERSION):
+            raise BayeuxError(409, HANDSHAKE, f"minimumVersion {oldest} is above ours which is {VERSION}")
+
+    def _common_types(self, message: dict, turn: Turn) -> list[str]:
+        """The connection types that both sides have.  None given: the transport that carried the handshake."""
+        asked = message.get("supportedConnectionTypes", [turn.exchange.transport])
+        if not isinstance(asked, list) or not all(isinstance(each, str) for each in asked):
+            raise BayeuxError(400, HANDSHAKE, "supportedConnectionTypes must be a list of strings")
+        common = [each for each in CONNECTION_TYPES if each in asked]
+        if not common:
+            raise BayeuxError(409, HANDSHAKE, "No connection type in common",
+                              version=VERSION, supportedConnectionTypes=list(CONNECTION_TYPES))
+        return common
+
+    # -- Connect ---------------------------------------------------------------------------
+
+    def _connect(self, session: Session, message: dict, turn: Turn) -> list[str]:
+        """(Bayeux, "Connect")
+
+        Request:  channel, clientId, connectionType, advice.timeout? (ms), ext?, id?
+        Reply:    channel, successful, id?, advice?; the session's events follow it
+
+        Not held: the first of a session (clients say nothing before it returns), one that shares its
+        request with other messages or has another request behind it, one whose client asks for timeout
+        0, and one of a crowded browser.  A newer connect releases the older.
+        """
+        if message.get("connectionType") not in CONNECTION_TYPES:
+            raise BayeuxError(400, CONNECT, "connectionType must be {}".format(" or ".join(CONNECTION_TYPES)))
+        if turn.connecting is not None:
+            raise BayeuxError(409, CONNECT, "One connect a request")
+        patience = self._patience(message)
+        advice = self._advice() if not session.connected else None
+        is_crowded = self._is_crowded(session)
+        if is_crowded:
+            advice = {**self._advice(), "interval": round(MULTIPLE_CLIENTS_INTERVAL * 1000), "multiple-clients": True}
+        elif session.crowded:
+            advice = {**self._advice(), "multiple-clients": False}
+        reply = self._success(message, **({"advice": advice} if advice else {}))
+        is_held = (session.connected and not turn.is_shared and turn.exchange.may_hold and patience > 0
+                   and not is_crowded and not self.stopping)
+        if not is_held:
+            texts = self._finish(session, message, reply)
+        else:
+            texts = []
+            text = encode_json(self._through_extensions(session, reply) or self._refusal(
+                message, BayeuxError(403, CONNECT, "An extension dropped the reply")))
+            timesync = TimeSync.of(message) if self.options.timesync else None
+        with self.condition:
+            self._require_live(session)
+            if session.hold is not None:
+                self._release(session.hold)
+            session.transport = turn.exchange.transport
+            session.connected, session.crowded = True, is_crowded
+            if is_held:
+                hold = Hold(session, turn.exchange, text, timesync, self.clock() + patience)
+                session.hold = turn.exchange.hold = hold
+                self._schedule(session)
+                self.make_ready(session)
+        turn.connecting = session
+        return texts
+
+    def _patience(self, message: dict) -> float:
+        """How long the connect may be held; a shorter time of the client's is honoured.  (Bayeux, "timeout")"""
+        advice = message.get("advice")
+        asked = advice.get("timeout") if isinstance(advice, dict) else None
+        return min(self.options.timeout, asked / 1000) if is_number(asked) and asked >= 0 else self.options.timeout
+
+    def _is_crowded(self, session: Session) -> bool:
+        """(Bayeux, "Server-side Multiple clients detection")"""
+        allowed = self.options.max_sessions_per_browser
+        if not allowed or session.browser is None:
+            return False
+        with self.condition:
+            return allowed <= sum(other.browser == session.browser and other.hold is not None
+                                  for other in self.sessions.values() if other is not session)
+
+    # -- Disconnect, ping ------------------------------------------------------------------
+
+    def _disconnect(self, session: Session, message: dict, turn: Turn) -> list[str]:
+        """(Bayeux, "Disconnect").  Request: channel, clientId, id?.  Reply: channel, successful, id?"""
+        with self.condition:
+            self.end_session(session, ENDED_ASKED)
+        if turn.connecting is session:
+            turn.connecting = None
+        return self._finish(session, message, self._success(message))
+
+    def _ping(self, session: Session, message: dict, turn: Turn) -> list[str]:
+        """Dojo's time synchronisation of 2008; what it wants is in ext.timesync, as in any reply."""
+        return self._finish(session, message, self._success(message))
+
+    # -- Subscribe, unsubscribe ------------------------------------------------------------
+
+    def _subscribe(self, session: Session, message: dict, turn: Turn) -> list[str]:
+        """(Bayeux, "Subscribe")
+
+        Request:  channel, clientId, subscription (a pattern, or an array of them), id?
+        Reply:    channel, successful, subscription as it came, id?
+        Refused:  as a whole; nothing is recorded
+        """
+        patterns = self._patterns(message)
+        with self.condition:
+            self._require_live(session)
+            wanted = [each for each in patterns if not each.startswith(SERVICE)]    # those SHOULD NOT be recorded
+            if len(session.subscriptions.union(wanted)) > self.options.max_subscriptions:
+                raise BayeuxError(429, SUBSCRIBE, f"More than {self.options.max_subscriptions} subscriptions")
+            for pattern in wanted:
+                self._add_subscription(session, pattern)
+        return self._finish(session, message, self._success(message, subscription=message["subscription"]))
+
+    def _unsubscribe(self, session: Session, message: dict, turn: Turn) -> list[str]:
+        """(Bayeux, "Unsubscribe"), the same fields; refused for what was not subscribed."""
+        patterns = self._patterns(message)
+        with self.condition:
+            recorded = [each for each in dict.fromkeys(patterns) if not each.startswith(SERVICE)]
+            for pattern in recorded:
+                if pattern not in session.subscriptions:
+                    raise BayeuxError(404, pattern, "Not subscribed")
+            for pattern in recorded:
+                self._remove_subscription(session, pattern)
+        return self._finish(session, message, self._success(message, subscription=message["subscription"]))
+
+    @staticmethod
+    def _patterns(message: dict) -> list[str]:
+        """The request's subscription as a list, each member known to be allowed to a remote client."""
+        subscription = message.get("subscription")
+        patterns = subscription if isinstance(subscription, list) else [subscription]
+        if not patterns or not all(isinstance(each, str) for each in patterns):
+            raise BayeuxError(400, message["channel"], "subscription must be a channel or a list of them")
+        for pattern in patterns:
+            if not is_channel_pattern(pattern):
+                raise BayeuxError(405, pattern, "Bad channel name or pattern")
+            if pattern.startswith(META):
+                raise BayeuxError(403, pattern, "Meta channels cannot be subscribed to")
+        return patterns
+
+    def _add_subscription(self, subscriber: Session | LocalClient, pattern: str) -> None:
+        assert self.lock.locked()
+        if pattern not in subscriber.subscriptions:
+            subscriber.subscriptions.add(pattern)
+            self.registry.add(pattern, subscriber)
+            self._tell("subscribe", client_id=subscriber.id, channel=pattern)
+
+    def _remove_subscription(self, subscriber: Session | LocalClient, pattern: str) -> None:
+        assert self.lock.locked()
+        subscriber.subscriptions.discard(pattern)
+        self.registry.discard(pattern, subscriber)
+        self._tell("unsubscribe", client_id=subscriber.id, channel=pattern)
+
+    def _require_live(self, session: Session) -> None:
+        """It may have ended since the message was let in: another of its requests may have said so."""
+        assert self.lock.locked()
+        if session.ended:
+            raise BayeuxError(402, session.id or "", f"Unknown client - it ended by {session.ended}",
+                              advice=self._advice("handshake"))
+
+    # -- Publish ---------------------------------------------------------------------------
+
+    def _publish(self, session: Session, message: dict, turn: Turn) -> list[str]:
+        """(Bayeux, "Publish", "Delivery")
+
+        Request:  channel, data, clientId (unless anon_publish), id?, ext?
+        Reply:    channel, successful, id?
+        Event:    channel, data, ext?
+        """
+        if "data" not in message:
+            raise BayeuxError(400, message["channel"], "data is missing")
+        event = self._event(message["channel"], message["data"], session.id, message.get("id"), message.get("ext"))
+        self._deliver(event)
+        return self._finish(session, message, self._success(message))
+
+    def _event(self, channel: str, data: Any, client_id: str | None, id: Any, ext: Any) -> Event:
+        fields = {"channel": channel, "data": data}
+        if isinstance(ext, dict):
+            fields["ext"] = ext
+        if self.options.forward_id and id is not None:
+            fields["id"] = id
+        if self.options.timestamp:
+            fields["timestamp"] = timestamp_now()
+        return Event(fields, client_id, id)
+
+    def _deliver(self, event: Event) -> None:
+        """Queue the event for every subscriber.  Overlapping subscriptions deliver one copy."""
+        if self._outgoing:
+            return self._deliver_through_extensions(event)
+        notice = event.notice() if self._listeners else None
+        with self.condition:
+            for subscriber in self.registry.subscribers(event.channel):
+                subscriber.accept(event, self)
+            self._end_overfull()
+            if notice is not None:
+                self._tell("publish", **notice)
+
+    def _deliver_through_extensions(self, event: Event) -> None:
+        """The same where each session may get another text, or none: one encoding for each."""
+        with self.condition:
+            subscribers = list(self.registry.subscribers(event.channel))
+        accepted: list[tuple] = []
+        for subscriber in subscribers:
+            if isinstance(subscriber, Session):
+                message = self._through_extensions(subscriber, json.loads(event.text))
+                if message is not None:
+                    accepted.append((subscriber, Event(message)))
+            else:
+                accepted.append((subscriber, event))
+        with self.condition:
+            for subscriber, own_event in accepted:
+                if not subscriber.ended:
+                    subscriber.accept(own_event, self)
+            self._end_overfull()
+            if self._listeners:
+                self._tell("publish", **event.notice())
+
+    def _end_overfull(self) -> None:
+        """A client that does not fetch its events must not fill our memory."""
+        assert self.lock.locked()
+        for subscriber in self.overfull:
+            subscriber.end(ENDED_QUEUE, self)
+        self.overfull.clear()
+
+    # -- Services --------------------------------------------------------------------------
+
+    def _call_service(self, session: Session, message: dict, turn: Turn) -> list[str]:
+        """(Bayeux, "Service Channels", "Request / Response operation with service channels")
+
+        Request:  channel /service/<name>, clientId, data?, id?
+        Replies:  what the service returns: a message, several, or nothing (then channel, successful, id?)
+
+        Channel, id and successful are filled in where the service left them out.  successful makes Faye
+        and aiocometd take the answer for the reply to their publish; CometD's clients look for data first.
+        """
+        request, channel = dict(message), message["channel"]
+        service = self.services.get(channel[len(SERVICE):]) or self.services.get("_handler")
+        if service is None:
+            raise BayeuxError(404, channel, "Unknown service")
+        self._step_aside()
+        try:
+            returned = service(message)
+            if returned is None:
+                returned = []
+            answers = [returned] if isinstance(returned, dict) else list(returned)
+            replies = [{**self._success(request), **answer} for answer in answers] or [self._success(request)]
+            return [text for reply in replies for text in self._finish(session, request, reply)]
+        except BayeuxError:
+            raise
+        except Exception:
+            self.logger.exception("the service on %s failed", channel)
+            raise BayeuxError(500, channel, "The service failed") from None
+
+    # -- Extensions ------------------------------------------------------------------------
+
+    def _through_extensions(self, session: Session | None, message: dict) -> dict | None:
+        """The message as the outgoing extensions leave it; None where one drops it, or fails."""
+        for outgoing in self._outgoing:
+            self._step_aside()
+            try:
+                message = outgoing(session, message)
+            except Exception:
+                self.logger.exception("an extension failed; its message is dropped")
+                return None
+            if message is None:
+                return None
+        return message
+
+    # -- The end of a session --------------------------------------------------------------
+
+    def end_session(self, session: Session, reason: str) -> None:
+        """Forget the session, its queue and subscriptions; answer its held connect."""
+        assert self.lock.locked()
+        if session.ended:
+            return
+        session.ended = reason
+        self.sessions.pop(session.id, None)
+        for pattern in session.subscriptions:
+            self.registry.discard(pattern, session)
+        session.subscriptions, session.queue = set(), []
+        self._departed[session.id] = reason
+        if len(self._departed) > REMEMBERED_SESSIONS:
+            self._departed.popitem(last=False)
+        if session.hold is not None:
+            self._release(session.hold, self._farewell(session, reason))
+        self._tell("client_disconnect", client_id=session.id, reason=reason)
+
+    def _farewell(self, session: Session, reason: str) -> dict:
+        """What a held connect is told when its session ends."""
+        if reason == ENDED_ASKED:
+            return {"advice": {"reconnect": "none", "interval": 0}}
+        if reason == ENDED_SHUTDOWN:
+            # A millisecond of spread for each session, so that they do not all come back at once.  (No
+            # fixed second: aiocometd reads interval as seconds.)
+            return {"advice": {**self._advice(), "interval": random.randint(1, len(self.sessions) + 1)}}
+        error = BayeuxError(402, session.id or "", f"Session ended by {reason}")
+        return {"successful": False, "error": str(error), "advice": self._advice("handshake")}
+
+    def stop(self) -> None:
+        """Take no new sessions, end all there are, and let every held connect be answered."""
+        with self.condition:
+            self.stopping = True
+            for subscriber in [*self.sessions.values(), *self.local_clients.values()]:
+                subscriber.end(ENDED_SHUTDOWN, self)
+        self.wake()
+
+    def is_quiet(self) -> bool:
+        """Whether no callback is running, or waits to."""
+        assert self.lock.locked()
+        return self.scheduled_mailboxes == 0
+
+    # -- Held connects and their answers ---------------------------------------------------
+    #
+    # An answer has two ends: it is taken, under the lock, and it is settled, under the lock,
+    # when it is known whether it was written.  In between it is sent, without the lock.
+
+    def _release(self, hold: Hold, fields: dict | None = None) -> None:
+        """Let a held connect be answered without events."""
+        assert self.lock.locked()
+        self.released.append(self._take_hold(hold, fields))
+
+    def _take_hold(self, hold: Hold, fields: dict | None = None) -> Answer:
+        session = hold.session
+        session.hold = hold.exchange.hold = None
+        session.lease = self.clock() + self.options.connect_timeout
+        reply = with_fields(hold.reply, fields) if fields else hold.reply
+        late = partial(self._late_fields, hold.timesync) if hold.timesync or self.options.timestamp else None
+        return Answer(hold.exchange, [reply], session, late_fields=late)
+
+    def make_ready(self, session: Session) -> None:
+        """Put the session in line for an answer, if it has events and a held connect to carry them."""
+        assert self.lock.locked()
+        if session.queue and session.can_take_events and not session.is_ready:
+            session.is_ready = True
+            self.ready.append(session)
+
+    def take_answers(self, limit: int) -> list[Answer]:
+        """What is to be sent now, to at most limit held connects (and all that were released)."""
+        assert self.lock.locked()
+        self._look_at_timers()
+        answers = list(self.released)
+        self.released.clear()
+        while self.ready and len(answers) < limit:
+            session = self.ready.popleft()
+            session.is_ready = False
+            if session.queue and session.can_take_events:
+                answer = self._take_hold(session.hold)
+                self._take_events(session, answer)
+                answers.append(answer)
+        return answers
+
+    @staticmethod
+    def _take_events(session: Session, answer: Answer) -> None:
+        if session.queue and not session.in_flight:
+            answer.events, session.queue, session.in_flight = session.queue, [], True
+
+    def settle(self, answer: Answer, is_written: bool) -> None:
+        """The answer has been written, or is known not to be: then its events wait for the next connect."""
+        assert self.lock.locked()
+        session = answer.session
+        if session is None or session.ended:
+            return
+        if answer.events:
+            session.in_flight = False
+            if not is_written:
+                session.queue[:0] = answer.events
+        if is_written:
+            session.lease = self.clock() + self.options.connect_timeout
+        self.make_ready(session)
+        self._schedule(session)
+
+    def settle_later(self, answer: Answer, is_written: bool) -> None:
+        """settle, for who does not hold the lock."""
+        with self.condition:
+            self.settle(answer, is_written)
+        self.wake()
+
+    def _answer(self, exchange: Exchange, replies: list[str], session: Session | None) -> None:
+        """Answer a request at once, with the events of the session whose connect was in it."""
+        answer = Answer(exchange, replies, session)
+        if session is not None:
+            with self.condition:
+                self._take_events(session, answer)
+        is_written = exchange.send(answer)
+        if is_written is not None and session is not None:
+            self.settle_later(answer, is_written)
+
+    def answer_now(self, exchange: Exchange) -> None:
+        """Answer the connect held on the exchange, if it still is: another request came behind it."""
+        with self.condition:
+            if exchange.hold is None:
+                return
+            answer = self._take_hold(exchange.hold)
+        is_written = exchange.send(answer)
+        if is_written is not None:
+            self.settle_later(answer, is_written)
+
+    def hang_up(self, exchange: Exchange) -> None:
+        """The connection of the exchange is gone.  What waits for its session goes on waiting."""
+        with self.condition:
+            if exchange.hold is not None:
+                session = exchange.hold.session
+                self._take_hold(exchange.hold)
+                self._schedule(session)
+
+    # -- Time ------------------------------------------------------------------------------
+
+    def _schedule(self, session: Session) -> None:
+        """See to it that the session is looked at when its deadline comes.
+
+        A deadline mostly moves away, as each message renews the lease: then the entry that is in the
+        heap stays, and the look at it finds the new one.
+        """
+        assert self.lock.locked()
+        deadline = session.deadline
+        if deadline is not None and (session.timer is None or deadline < session.timer):
+            session.timer = deadline
+            self._timer_number += 1         # so that the heap never compares two sessions
+            heapq.heappush(self.timers, (deadline, self._timer_number, session))
+            if self.timers[0][2] is session:
+                self.condition.notify_all()
+
+    def _look_at_timers(self) -> None:
+        """Answer the connects that have been held long enough; end the sessions whose lease is over."""
+        now = self.clock()
+        while self.timers and self.timers[0][0] <= now:
+            when, _, session = heapq.heappop(self.timers)
+            if session.timer != when:       # an earlier entry replaced this one
+                continue
+            session.timer = None
+            deadline = session.deadline
+            if deadline is not None and deadline <= now:
+                if session.hold is not None:
+                    self._release(session.hold)
+                else:
+                    self.end_session(session, ENDED_TIMEOUT)
+            self._schedule(session)
+
+    def seconds_to_deadline(self) -> float | None:
+        assert self.lock.locked()
+        return max(0.0, self.timers[0][0] - self.clock()) if self.timers else None
+
+    def wake(self) -> None:
+        """Set to work what was made ready: the wait, and the mailboxes.  Without the lock."""
+        with self.condition:
+            if self.ready or self.released:
+                self.condition.notify_all()
+            mailboxes, self.mailboxes = self.mailboxes, []
+        for mailbox in mailboxes:
+            self._run_later(mailbox.open)
+
+    # -- Listeners -------------------------------------------------------------------------
+
+    def add_listener(self, listener: Callable[[str, dict], None]) -> None:
+        self._listeners.append(listener)
+
+    def _tell(self, event: str, **details: Any) -> None:
+        """Let the listeners know, in order, on a thread of their own.  What is None is left out."""
+        assert self.lock.locked()
+        if self._listeners or event == "client_disconnect":
+            self._notices.put((event, {key: value for key, value in details.items() if value is not None}))
+
+    def _tell_listeners(self, notice: tuple[str, dict]) -> None:
+        event, details = notice
+        if event == "client_disconnect" and details["reason"] not in (ENDED_ASKED, ENDED_SHUTDOWN):
+            self.logger.info("session %s ended: %s", details["client_id"], details["reason"])
+        for listener in self._listeners:
+            try:
+                listener(event, dict(details))
+            except Exception:
+                self.logger.exception("a listener failed on %s", event)
+
+    # -- Calls from inside the process -----------------------------------------------------
+    #
+    # No handshake, no access control: who calls these is the application itself.
+
+    def subscriber(self, client_id: str) -> Session | LocalClient:
+        """The session or local client of that id, or BayeuxError 402."""
+        assert self.lock.locked()
+        found = self.sessions.get(client_id) or self.local_clients.get(client_id)
+        if found is None:
+            raise BayeuxError(402, str(client_id), "Unknown client")
+        return found
+
+    def subscribe(self, channel: str, client_id: str) -> None:
+        self.require_broadcast(channel, is_channel_pattern(channel))
+        with self.condition:
+            self._add_subscription(self.subscriber(client_id), channel)
+        self.wake()
+
+    def unsubscribe(self, channel: str, client_id: str) -> None:
+        with self.condition:
+            subscriber = self.subscriber(client_id)
+            if channel not in subscriber.subscriptions:
+                raise BayeuxError(404, channel, "Not subscribed")
+            self._remove_subscription(subscriber, channel)
+        self.wake()
+
+    def publish(self, channel: str, data: Any, client_id: str | None = None, id: Any = None,
+                ext: dict | None = None) -> None:
+        self.require_broadcast(channel, is_channel_name(channel))
+        self._deliver(self._event(channel, data, client_id, id, ext))
+        self.wake()
+
+    def client_push(self, client_id: str, channel: str, data: Any = None, **extra: Any) -> None:
+        if not is_channel_name(channel) or channel.startswith(META):
+            raise BayeuxError(405, channel, "Bad channel name")
+        fields = {"channel": channel, "data": data, **extra}
+        with self.condition:
+            subscriber = self.subscriber(client_id)
+        if isinstance(subscriber, Session):
+            fields = self._through_extensions(subscriber, fields)
+        if fields is not None:
+            event = Event(fields)
+            with self.condition:
+                if not subscriber.ended:
+                    subscriber.accept(event, self)
+                self._end_overfull()
+                self._tell("client_push", client_id=client_id, channel=channel, data=data, **extra)
+            self.wake()
+
+    @staticmethod
+    def require_broadcast(channel: str, is_well_formed: bool) -> None:
+        if not is_well_formed:
+            raise BayeuxError(405, str(channel), "Bad channel name or pattern")
+        if channel.startswith((META, SERVICE)):
+            raise BayeuxError(403, channel, "Not a broadcast channel; a service is called by its clients")
+
+
+# ======================================================================================
+# §6  Local clients
+#
+# A subscriber inside this process.  It needs no handshake and no network; its callbacks run
+# on a handler thread, one after another, in the order of publishing, without the lock.
+# ======================================================================================
+
+live_servers: weakref.WeakSet = weakref.WeakSet()       # where LocalClient looks for an alias
+
+
+def find_server(alias: str) -> Any:
+    """The one live server of that alias, or ValueError."""
+    found = [server for server in list(live_servers) if server.options.alias == alias]
+    if len(found) != 1:
+        raise ValueError("{} server in this process has the alias {!r}; pass the server itself".format("no" if not found else "more than one", alias))
+    return found[0]
+
+
+class LocalClient:
+    """Publishes and subscribes inside the server's process (the original's local client, "subscribe {...}").
+
+    Arguments:
+        server: a BayeuxServer, or its alias.
+        name: its id; events it publishes carry it, as clientId, to other local clients.  A random one
+            if None.
+        on_end: called with the reason (a text) when the client is closed, by whomever.
+
+    Raises:
+        ValueError: no server, or more than one, has the alias; or another local client has the name.
+
+    A with block closes it at its end.
+    """
+
+    def __init__(self, server: Any, name: str | None = None,
+                 on_end: Callable[[str], None] | None = None) -> None:
+        self._core: Bayeux = (find_server(server) if isinstance(server, str) else server).core
+        self.id: str = name if name is not None else "local-" + secrets.token_hex(8)
+        self.subscriptions: set[str] = set()
+        self.ended: str | None = None
+        self._on_end = on_end
+        self._callbacks: dict[str, Callable[[dict], None]] = {}
+        self._mailbox = Mailbox(self._core, self._handle)
+        with self._core.condition:
+            if self._core.stopping:
+                raise ValueError("the server has stopped")
+            if self.id in self._core.local_clients:
+                raise ValueError(f"another local client has the name {self.id!r}")
+            self._core.local_clients[self.id] = self
+            self._core._tell("client_connect", client_id=self.id, session=self)
+        self._core.wake()
+
+    def __repr__(self) -> str:
+        return f"<LocalClient {self.id!r}>"
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def subscribe(self, channel: str, callback: Callable[[dict], None] | None = None) -> None:
+        """Have callback called with each event on the channel, or on those that a wildcard matches.
+
+        Arguments:
+            channel: a channel's name or a pattern.
+            callback: takes a message, a dict of its own: channel, data, and clientId, id, ext where the
+                publisher gave them.  None: counted as a subscriber, nothing is delivered (the
+                original's no_callback).  It may publish, subscribe, close; if it raises, that is
+                logged.  Where several patterns match, each callback is called once.
+
+        Raises:
+            BayeuxError: no pattern (405), a /meta/ or /service/ channel (403), or closed (402).
+        """
+        self._core.require_broadcast(channel, is_channel_pattern(channel))
+        with self._core.condition:
+            self._core.subscriber(self.id)
+            self._callbacks.pop(channel, None)
+            if callback is not None:
+                self._callbacks[channel] = callback
+            self._core._add_subscription(self, channel)
+        self._core.wake()
+
+    def unsubscribe(self, channel: str) -> None:
+        """End the subscription.  Raises BayeuxError 404 if there is none."""
+        self._core.unsubscribe(channel, self.id)
+        self._callbacks.pop(channel, None)
+
+    def publish(self, channel: str, data: Any, id: Any = None, ext: dict | None = None) -> None:
+        """Send data (whatever JSON can hold) to all subscribers of the channel, this client included.
+
+        Raises:
+            BayeuxError: no channel's name (405), or a /meta/ or /service/ channel (403).
+            TypeError, ValueError: JSON cannot hold the data.
+        """
+        self._core.publish(channel, data, self.id, id, ext)
+
+    def close(self) -> None:
+        """End the subscriptions.  What has not been delivered is dropped.  Closing twice does nothing."""
+        with self._core.condition:
+            self.end(ENDED_ASKED, self._core)
+        self._core.wake()
+
+    # The core's side, the same as a session's.
+
+    def accept(self, event: Event, core: Bayeux) -> None:
+        """Take an event for the callbacks.  Under the lock."""
+        if self._callbacks:
+            self._mailbox.put(event)
+            if len(self._mailbox.items) > core.options.max_queue:
+                core.overfull.append(self)
+
+    def end(self, reason: str, core: Bayeux) -> None:
+        """Leave the server.  Under the lock."""
+        if self.ended:
+            return
+        self.ended = reason
+        core.local_clients.pop(self.id, None)
+        for pattern in self.subscriptions:
+            core.registry.discard(pattern, self)
+        self.subscriptions = set()
+        core._tell("client_disconnect", client_id=self.id, reason=reason)
+        if reason != ENDED_SHUTDOWN:
+            self._mailbox.items.clear()
+        if self._on_end is not None:
+            self._mailbox.put(None)
+
+    def _handle(self, event: Event | None) -> None:
+        if event is None:
+            return self._on_end(self.ended)
+        matching = patterns_matching(event.channel)
+        with self._core.condition:
+            # Each callback once; and none that was taken away while the event waited.
+            callbacks = [callback for pattern, callback in self._callbacks.items() if pattern in matching]
+        for callback in dict.fromkeys(callbacks):
+            if self.ended in (None, ENDED_SHUTDOWN):
+                try:
+                    callback(event.local_message())
+                except Exception:
+                    self._core.logger.exception("a callback of the local client %s failed on %s",
+                                                self.id, event.channel)
+
+
+# ======================================================================================
+# §7  The long-poll wait
+#
+# One thread waits, on one Condition, for all held connects together: for sessions that have
+# something to say, and for the nearest deadline.  (A thread for each held connect costs three
+# times the time and twenty times the memory: every wake-up hands the interpreter's lock round
+# a thousand threads.)  It takes a few answers under the lock, sends them without it, and
+# settles them when it takes the next.  What piled up meanwhile leaves together.
+# ======================================================================================
+
+class LongPollWait(threading.Thread):
+    """The only way out for events to held connects."""
+
+    def __init__(self, core: Bayeux) -> None:
+        super().__init__(name="bayeux long-poll wait", daemon=True)
+        self._core = core
+        self._is_over = False
+
+    def run(self) -> None:
+        core, sent = self._core, []
+        while True:
+            with core.condition:
+                for answer, is_written in sent:
+                    core.settle(answer, is_written)
+                answers = core.take_answers(ANSWERS_AT_ONCE)
+                while not (answers or core.mailboxes or self._is_over):
+                    core.condition.wait(core.seconds_to_deadline())
+                    answers = core.take_answers(ANSWERS_AT_ONCE)
+                if self._is_over and not answers:
+                    return
+            if core.mailboxes:              # sessions have ended just now, and listeners want to know
+                core.wake()
+            sent = []
+            for answer in answers:
+                is_written = answer.exchange.send(answer)
+                if is_written is not None:
+                    sent.append((answer, is_written))
+
+    def stop(self) -> None:
+        with self._core.condition:
+            self._is_over = True
+            self._core.condition.notify_all()
+        self.join()
+
+
+# ======================================================================================
+# §8  WebSocket frames
+#
+# This is where the codec of RFC 6455 belongs: no input or output, above the connections.
+# This edition offers long-polling and callback-polling only, and says so in every handshake.
+# ======================================================================================
+
+
+# ======================================================================================
+# §9  Connections
+#
+# A connection costs no thread while nothing happens on it: it is *parked* in a selector.
+# The handler threads take turns at watching the selector.  The one whose turn it is, the
+# leader, reads what came, handles it and answers, and goes on watching: no hand-over, no
+# system call but the reading and the writing.  Only where the application's code, or a file,
+# may take its time it steps aside first, and another thread leads ("Leader/Followers",
+# Schmidt and others, 2000).
+#
+#   parked      in the selector, no exchange; bytes wake it, KEEP_ALIVE seconds end it
+#   busy        has an exchange: a request is being handled, or its connect is held
+#   writing     its output waits for a slow peer; nothing is read meanwhile
+#   closing     was answered for the last time; what comes is thrown away until the peer hangs up
+#
+# Who may do what: only the leader touches the selector, reads and closes.  Any thread may
+# write the answer of an exchange; a connection's own lock, under which nothing else is taken,
+# keeps writing and closing apart (a closed socket's number may be another client's by then).
+# ======================================================================================
+
+WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class HandlerThreads:
+    """Runs jobs on threads that are kept for the next job; as many threads as needed, up to a limit."""
+
+    def __init__(self, limit: int, logger: logging.Logger) -> None:
+        self._limit = limit
+        self._logger = logger
+        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._starting = threading.Lock()
+        self._count = 0
+
+    def run(self, job: Callable[[], None]) -> None:
+        self._jobs.put(job)
+        if not self._idle.acquire(blocking=False):
+            with self._starting:
+                if self._count < self._limit:
+                    self._count += 1
+                    threading.Thread(target=self._work, name=f"bayeux handler {self._count}", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            job = self._jobs.get()
+            if job is None:
+                return
+            try:
+                job()
+            except Exception:
+                self._logger.exception("a handler thread's job failed")
+            self._idle.release()
+
+    def stop(self) -> None:
+        """Let the threads end as they become idle; one that is stuck in the application's code is left alone."""
+        with self._starting:
+            for _ in range(self._count):
+                self._jobs.put(None)
+
+
+class Connection:
+    """A client's socket, parked or not.
+
+    Its protocol is told of what happens: consume(connection) when bytes have come into input,
+    expired(connection) when its deadline is over, lost(connection) when it is closed.
+    """
+
+    __slots__ = ("address", "deadline", "events", "exchange", "input", "is_closed", "is_closing", "lock", "output", "protocol", "request", "socket", "source", "watch", "when_written")
+
+    def __init__(self, client_socket: socket.socket, address: str, watch: Watch, protocol: Any) -> None:
+        self.socket = client_socket
+        self.address = address
+        self.watch = watch
+        self.protocol = protocol
+        self.lock = threading.Lock()
+        self.input = b""
+        self.request: Request | None = None              # being read
+        self.exchange: Any | None = None                 # being answered
+        self.output = b""
+        self.source: Iterator[bytes] | None = None       # of more output
+        self.when_written: Callable[[bool], None] | None = None
+        self.is_closing = False
+        self.is_closed = False
+        self.deadline = time.monotonic() + watch.patience
+        self.events = 0                                     # that the selector watches for; 0: not in it
+
+    def receive(self) -> bytes | None:
+        """What has come; b'' at the end; None if there is nothing yet."""
+        try:
+            return self.socket.recv(RECEIVE_SIZE)
+        except WOULD_BLOCK:
+            return None
+        except OSError:
+            return b""
+
+    def write(self, data: bytes, source: Iterator[bytes] | None = None, is_last: bool = False,
+              when_written: Callable[[bool], None] | None = None) -> bool | None:
+        """Answer the exchange, without blocking.
+
+        Arguments:
+            data, source: what to send: bytes, then whatever the iterator gives.
+            is_last: the connection ends with it.
+            when_written: called later, with whether all was written, if that is not known now.
+
+        Returns:
+            True: all is written; False: the peer is gone; None: the rest waits for the peer.
+        """
+        with self.lock:
+            if self.is_closed or self.exchange is None:
+                return False
+            if is_last:
+                self.is_closing = True
+            try:
+                sent = self.socket.send(data)
+            except WOULD_BLOCK:
+                sent = 0
+            except OSError:
+                sent = -1
+            is_written = sent == len(data) and source is None
+            if is_written:
+                self._finish_exchange()
+            elif sent >= 0:
+                self.output, self.source, self.when_written = data[sent:], source, when_written
+                self.deadline = time.monotonic() + self.watch.patience
+        if sent < 0:
+            self.abort()
+            return False
+        if not is_written or self.input:
+            self.watch.resume(self)
+        return True if is_written else None
+
+    def write_interim(self, data: bytes) -> None:
+        """Send a few bytes before the answer (100 Continue).  Where there is no room for them they are left out."""
+        with self.lock:
+            if not self.output and not self.is_closed:
+                try:
+                    self.socket.send(data)
+                except OSError:
+                    pass
+
+    def flush(self) -> None:
+        """Write more of what waits, as there is room now.  The leader's."""
+        when_written = None
+        with self.lock:
+            try:
+                while self.output or self.source is not None:
+                    if not self.output:
+                        self.output = next(self.source, b"")
+                        if not self.output:
+                            self.source = None
+                            break
+                    sent = self.socket.send(self.output)
+                    self.output = self.output[sent:]
+                    self.deadline = time.monotonic() + self.watch.patience
+                    if self.output:
+                        return
+                when_written, self.when_written = self.when_written, None
+                self._finish_exchange()
+            except WOULD_BLOCK:
+                return
+            except (OSError, ValueError):       # ValueError: a file that was closed, or has shrunk
+                self._shut(socket.SHUT_RDWR)
+        if when_written is not None:
+            when_written(True)
+        self.watch.resume(self)
+
+    def _finish_exchange(self) -> None:
+        """The answer is written: the connection is free for the next request, or closing."""
+        assert self.lock.locked()
+        self.exchange = None
+        self.deadline = time.monotonic() + (LINGER if self.is_closing else KEEP_ALIVE)
+        if self.is_closing:
+            self._shut(socket.SHUT_WR)          # and wait for the peer's end, or a reset may overtake the answer
+
+    def abort(self) -> None:
+        """Hang up.  The leader notices, and closes."""
+        with self.lock:
+            self._shut(socket.SHUT_RDWR)
+        self.watch.resume(self)
+
+    def _shut(self, how: int) -> None:
+        try:
+            self.socket.shutdown(how)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        """The leader's alone."""
+        with self.lock:
+            if self.is_closed:
+                return
+            self.is_closed = True
+            self.socket.close()
+            when_written, self.when_written = self.when_written, None
+            if self.source is not None and hasattr(self.source, "close"):
+                self.source.close()
+            self.output, self.source = b"", None
+        if when_written is not None:
+            when_written(False)
+        self.protocol.lost(self)
+
+
+class TLSConnection(Connection):
+    """The same through TLS.  Its handshake happens by itself, in the first reads."""
+
+    __slots__ = ()
+
+    def receive(self) -> bytes | None:
+        with self.lock:                         # OpenSSL bears no reading and writing at once
+            data = super().receive()
+            while data and self.socket.pending():
+                data += super().receive() or b""
+            return data
+
+
+class Watch:
+    """Parked connections, and the thread that watches them.
+
+    Arguments:
+        listener: the listening socket; accept() is called when somebody connects.
+        threads: where the leader comes from.
+        patience: seconds a peer may take to send a request, or to take in an answer.
+    """
+
+    def __init__(self, listener: socket.socket, accept: Callable[[], None], threads: HandlerThreads,
+                 patience: float, logger: logging.Logger) -> None:
+        self.patience = patience
+        self.connections: set[Connection] = set()
+        self._listener = listener
+        self._accept = accept
+        self._threads = threads
+        self._logger = logger
+        self._selector = selectors.DefaultSelector()
+        self._resumed: collections.deque[Connection] = collections.deque()
+        self._waking, self._woken = socket.socketpair()
+        self._waking.setblocking(False)
+        self._woken.setblocking(False)
+        self._is_awake = False
+        self._leader: int | None = None
+        self._current: Connection | None = None
+        self._is_accepting = False
+        self._wants_accepting = True
+        self._next_sweep = time.monotonic()
+        self._is_over = False
+        self.has_ended = threading.Event()
+
+    def start(self) -> None:
+        self._selector.register(self._woken, selectors.EVENT_READ, None)
+        self._threads.run(self._lead)
+
+    def adopt(self, connection: Connection) -> None:
+        """Park a new connection."""
+        self.connections.add(connection)
+        self.resume(connection)
+
+    def resume(self, connection: Connection) -> None:
+        """Have the leader look at the connection again: to park it, to write on, to read what is left over."""
+        self._resumed.append(connection)
+        self.wake()
+
+    def wake(self) -> None:
+        if self._leader != threading.get_ident() and not self._is_awake:
+            self._is_awake = True
+            try:
+                self._waking.send(b"\0")
+            except OSError:                     # full: it is awake; closed: it is over
+                pass
+
+    def step_aside(self) -> None:
+        """Called where this thread may be a while.  If it leads, another takes over, without this connection."""
+        if self._leader == threading.get_ident():
+            if self._current is not None:
+                self._watch_for(self._current, 0)
+            self._leader = None
+            self._threads.run(self._lead)
+
+    def is_led_here(self) -> bool:
+        return self._leader == threading.get_ident()
+
+    def is_busy(self) -> bool:
+        """Whether an answer is being made, or on its way."""
+        return any(connection.exchange is not None for connection in list(self.connections))
+
+    def stop_accepting(self) -> None:
+        self._wants_accepting = False
+        self.wake()
+
+    def stop(self) -> None:
+        """Close every connection, and let no thread lead any more."""
+        self._is_over = True
+        self._is_awake = False
+        self.wake()
+
+    # -- The leader ------------------------------------------------------------------------
+
+    def _lead(self) -> None:
+        me = self._leader = threading.get_ident()
+        while not self._is_over:
+            self._look_after_listener()
+            for key, events in self._selector.select(0 if self._resumed else self._seconds_to_sweep()):
+                if key.data is not None:
+                    self._attend(key.data, self._look_at_events, events)
+                elif key.fileobj is self._listener:
+                    self._accept()
+                else:
+                    self._woken.recv(4096)
+                    self._is_awake = False      # after the reading: a wake in between finds us awake
+                if self._leader != me:
+                    return                      # what was not attended to is seen again by the next leader
+            for _ in range(len(self._resumed)):
+                self._attend(self._resumed.popleft(), self._look_again)
+                if self._leader != me:
+                    return
+            if time.monotonic() >= self._next_sweep:
+                self._sweep()
+                if self._leader != me:
+                    return
+        self._close_all()
+
+    def _attend(self, connection: Connection, look: Callable[..., None], *arguments: Any) -> None:
+        """Look at a connection; what goes wrong ends that one only."""
+        self._current = connection
+        try:
+            look(connection, *arguments)
+        except Exception:
+            self._logger.exception("a connection from %s failed", connection.address)
+            connection.abort()
+        if self.is_led_here():
+            self._current = None
+
+    def _look_at_events(self, connection: Connection, events: int) -> None:
+        if connection.events & events & selectors.EVENT_WRITE:
+            connection.flush()
+        elif connection.events & events:        # else it was closed, or handed over, since the selector saw it
+            data = connection.receive()
+            if data == b"":
+                self.close(connection)
+            elif data is not None and not connection.is_closing:
+                connection.input = connection.input + data if connection.input else data
+                connection.protocol.consume(connection)
+
+    def _look_again(self, connection: Connection) -> None:
+        is_writing = connection.output or connection.source is not None
+        self._watch_for(connection, selectors.EVENT_WRITE if is_writing else selectors.EVENT_READ)
+        if connection.input and connection.exchange is None and not connection.is_closing:
+            connection.protocol.consume(connection)
+
+    def _look_at_deadline(self, connection: Connection) -> None:
+        if connection.is_closing or connection.output:
+            self.close(connection)
+        else:
+            connection.protocol.expired(connection)
+
+    def _watch_for(self, connection: Connection, events: int) -> None:
+        if connection.events == events or connection.is_closed:
+            return
+        if events == 0:
+            self._selector.unregister(connection.socket)
+        elif connection.events == 0:
+            self._selector.register(connection.socket, events, connection)
+        else:
+            self._selector.modify(connection.socket, events, connection)
+        connection.events = events
+
+    def close(self, connection: Connection) -> None:
+        self._watch_for(connection, 0)
+        self.connections.discard(connection)
+        connection.close()
+
+    def _look_after_listener(self) -> None:
+        if self._wants_accepting != self._is_accepting:
+            self._is_accepting = self._wants_accepting
+            if self._is_accepting:
+                self._selector.register(self._listener, selectors.EVENT_READ, None)
+            else:
+                self._selector.unregister(self._listener)
+                self._listener.close()
+
+    def pause_accepting(self) -> None:
+        """There are no more file descriptors: try again at the next sweep.  The leader's."""
+        if self._is_accepting:
+            self._selector.unregister(self._listener)
+            self._is_accepting = False
+
+    def _seconds_to_sweep(self) -> float:
+        return max(0.0, self._next_sweep - time.monotonic())
+
+    def _sweep(self) -> None:
+        """End what has lasted too long.  Looking at all connections, once in a while, costs less than a clock each."""
+        now = time.monotonic()
+        self._next_sweep = now + min(1.0, self.patience / 4)
+        for connection in list(self.connections):
+            if connection.deadline <= now and self.is_led_here():
+                self._attend(connection, self._look_at_deadline)
+
+    def _close_all(self) -> None:
+        for connection in list(self.connections):
+            self.close(connection)
+        if self._wants_accepting:
+            self._listener.close()
+        self._selector.close()
+        self._waking.close()
+        self._woken.close()
+        self._leader = None
+        self.has_ended.set()
+
+
+# ======================================================================================
+# §10  HTTP transport
+#
+# A request's head is read by a small function of ours, which is strict and quick (the one of
+# http.server goes through the e-mail parser, and costs more than all the rest).  Files are
+# left to SimpleHTTPRequestHandler.
+#
+#   long-polling      POST, a batch as JSON or in a form; the reply is JSON
+#   callback-polling  GET ?jsonp=name&message=batch; the reply is a script that calls name
+#
+# What is wrong with a message is said in its reply, with status 200.  What is wrong with the
+# HTTP is said by the status, with a body that is a Bayeux batch all the same, as some clients
+# read nothing else.
+# ======================================================================================
+
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20\x7f-\xff]+) HTTP/(\d)\.(\d)")
+FIELD_NAME = re.compile(TOKEN)
+CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
+#   RFC 9110, "Range Requests": one range, first-last, first- or -suffix
+BYTE_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+JSONP_CALLBACK = re.compile(r"[A-Za-z_$][A-Za-z0-9_$]*(?:\.[A-Za-z_$][A-Za-z0-9_$]*)*")
+BROWSER_COOKIE = re.compile(r"(?:^|;)[ \t]*BAYEUX_BROWSER=\"?([A-Za-z0-9]{1,64})\"?[ \t]*(?:;|$)")
+UTF8_NAMES = ("", "utf-8", "utf8", "us-ascii")
+JSON_TYPES = ("application/json", "text/json")
+LOOSE_TYPES = ("", "text/plain", "application/x-www-form-urlencoded")   # may hold JSON, or a form
+
+REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+
+class HTTPFault(Exception):
+    """A request that is answered by a status other than 200: why, and with what further headers."""
+
+    def __init__(self, status: int, text: str, **headers: str) -> None:
+        super().__init__(text)
+        self.status = status
+        self.text = text
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def batch(self) -> str:
+        code = self.status if self.status in ERROR_MEANINGS else 400
+        return encode_json([{"successful": False, "error": str(BayeuxError(code, "", self.text))}])
+
+
+class Request:
+    """An HTTP request, for content handlers and post_handle.
+
+    Attributes:
+        method: GET, POST, ...
+        target: as it was sent, with the query.
+        path: without the query, percent-decoded.
+        query: what stands behind the question mark, as it was sent.
+        version: (1, 1) or (1, 0).
+        headers: names in lower case.
+        body: bytes.
+        address: the client's IP address.
+        is_secure: whether it came through TLS.
+    """
+
+    __slots__ = ("address", "body", "chunks", "headers", "is_secure", "method", "missing", "path", "query", "target", "version")
+
+    def __init__(self, method: str, target: str, version: tuple[int, int], headers: dict[str, str]) -> None:
+        self.method = method
+        self.target = target
+        raw_path, _, self.query = target.partition("?")
+        self.path = urllib.parse.unquote(raw_path) if "%" in raw_path else raw_path
+        self.version = version
+        self.headers = headers
+        self.body: bytes | bytearray = b""
+        self.address = ""
+        self.is_secure = False
+        self.missing = 0                                # bytes of the body that are still to come
+        self.chunks: ChunkedBody | None = None       # or this tells
+
+    @property
+    def wants_keep_alive(self) -> bool:
+        connection = self.headers.get("connection")
+        if connection is None:
+            return self.version >= (1, 1)
+        options = [each.strip() for each in connection.lower().split(",")]
+        return "close" not in options and (self.version >= (1, 1) or "keep-alive" in options)
+
+
+class Response:
+    """A plain HTTP answer, for content handlers and post_handle, which may change every part of it.
+
+    Attributes:
+        status: 200, 404, ...
+        headers: a dict; Content-Length, Date and Connection are the server's.
+        body: text (sent as UTF-8), bytes, or a binary file of which length bytes are sent.
+        length: of a file.
+    """
+
+    def __init__(self, body: str | bytes | BinaryIO = b"", status: int = 200,
+                 headers: Mapping[str, str] | None = None, length: int = 0) -> None:
+        self.status = status
+        self.headers = dict(headers or {})
+        self.body = body
+        self.length = length
+
+
+def parse_head(text: str) -> Request:
+    """The request whose line and headers, without the empty line behind them, are given (RFC 9112).
+
+    Whatever two readers might read differently is refused: that is how requests are smuggled.
+    """
+    if CONTROL_CHARACTER.search(text):
+        raise HTTPFault(400, "A line ends without CR, or there is a control character in the head")
+    request_line, *lines = text.split("\r\n")
+    match = REQUEST_LINE.fullmatch(request_line)
+    if match is None:
+        raise HTTPFault(400, "Bad request line")
+    version = (int(match[3]), int(match[4]))
+    if version[0] != 1:
+        raise HTTPFault(505, "HTTP/1.0 and HTTP/1.1 are spoken here")
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not FIELD_NAME.fullmatch(name):
+            raise HTTPFault(400, "Bad header line")
+        name, value = name.lower(), value.strip(" \t")
+        if name in headers:
+            if name in ("content-length", "host", "transfer-encoding"):
+                raise HTTPFault(400, f"Two {name} headers")
+            value = headers[name] + ("; " if name == "cookie" else ", ") + value
+        headers[name] = value
+    if version >= (1, 1) and "host" not in headers:
+        raise HTTPFault(400, "Host is missing")
+    if not match[2].startswith("/") and match[2] != "*":
+        raise HTTPFault(400, "The target must be a path")
+    return Request(match[1], match[2], version, headers)
+
+
+class ChunkedBody:
+    """Reads a body sent in chunks, as it comes.  (RFC 9112, "Chunked Transfer Coding")"""
+
+    def __init__(self, limit: int) -> None:
+        self.body = bytearray()
+        self.is_complete = False
+        self._limit = limit
+        self._buffer = bytearray()
+        self._missing = 0               # bytes of the chunk that is being read
+        self._read = self._read_size
+
+    def feed(self, data: bytes) -> bytes:
+        """Take in data; what stands behind the body's end comes back."""
+        self._buffer += data
+        while not self.is_complete and self._read():
+            pass
+        return bytes(self._buffer) if self.is_complete else b""
+
+    def _read_line(self) -> bytes | None:
+        end = self._buffer.find(b"\r\n")
+        if end < 0:
+            if len(self._buffer) > MAX_HEAD:
+                raise HTTPFault(400, f"A line between chunks is longer than {MAX_HEAD} bytes")
+            return None
+        line = bytes(self._buffer[:end])
+        del self._buffer[:end + 2]
+        return line
+
+    def _read_size(self) -> bool:
+        line = self._read_line()
+        if line is None:
+            return False
+        match = CHUNK_SIZE.fullmatch(line)
+        if match is None:
+            raise HTTPFault(400, "Bad chunk size")
+        self._missing = int(match[1], 16)
+        if len(self.body) + self._missing > self._limit:
+            raise HTTPFault(413, f"The body is larger than {self._limit} bytes")
+        self._read = self._read_data if self._missing else self._read_trailer
+        return True
+
+    def _read_data(self) -> bool:
+        part = self._buffer[:self._missing]
+        del self._buffer[:len(part)]
+        self.body += part
+        self._missing -= len(part)
+        if not self._missing:
+            self._read = self._read_end_of_data
+        return not self._missing
+
+    def _read_end_of_data(self) -> bool:
+        if len(self._buffer) < 2:
+            return False
+        if self._read_line() != b"":
+            raise HTTPFault(400, "A chunk is longer than its size says")
+        self._read = self._read_size
+        return True
+
+    def _read_trailer(self) -> bool:
+        line = self._read_line()
+        self.is_complete = line == b""          # other lines are thrown away
+        return line is not None
+
+
+class HttpExchange(Exchange):
+    """A POST or a JSONP GET, and how its answer is dressed."""
+
+    __slots__ = ("_callback", "_connection", "_headers", "_http", "_is_secure", "_new_browser", "_request_is_last", "address", "browser", "is_counted", "is_large", "may_hold", "transport")
+
+    def __init__(self, http_transport: HttpTransport, connection: Connection, request: Request, headers: str,
+                 callback: str | None) -> None:
+        super().__init__()
+        self.transport = CALLBACK_POLLING if callback else LONG_POLLING
+        self.address = request.address
+        cookie = BROWSER_COOKIE.search(request.headers.get("cookie", ""))
+        self.browser = cookie[1] if cookie else None
+        self.may_hold = not connection.input
+        self.is_large = len(request.body or request.query) > http_transport.options.max_message_size
+        self.is_counted = True                  # among the open requests of its address
+        self._http = http_transport
+        self._connection = connection
+        self._request_is_last = not request.wants_keep_alive
+        self._headers = headers
+        self._callback = callback
+        self._new_browser = False
+        self._is_secure = request.is_secure
+
+    def name_browser(self) -> str | None:
+        """(Bayeux, "Server-side Multiple clients detection")"""
+        if self.browser is None:
+            self.browser = secrets.token_hex(16)
+            self._new_browser = True
+        return self.browser
+
+    def send(self, answer: Answer) -> bool | None:
+        is_last = self._request_is_last or self._http.is_stopping
+        headers = self._headers + (CLOSE if is_last else "")
+        if self._new_browser:
+            headers += "Set-Cookie: BAYEUX_BROWSER={}; Path=/; HttpOnly; SameSite=Lax{}\r\n".format(
+                self.browser, "; Secure" if self._is_secure else "")
+        data = batch_answer(200, answer.batch(), headers, self._callback, self.comment_filtered)
+        self._http.end_request(self)
+        return self._connection.write(data, is_last=is_last,
+                                      when_written=partial(self._http.core.settle_later, answer))
+
+
+KEEP, CLOSE = "Connection: keep-alive\r\n", "Connection: close\r\n"
+
+
+@lru_cache(maxsize=2)
+def http_date(now: int) -> str:
+    return email.utils.formatdate(now, usegmt=True)
+
+
+def batch_answer(status: int, batch: str, headers: str = "", callback: str | None = None,
+                 comment_filtered: bool = False) -> bytes:
+    """A whole HTTP response that carries the batch, as JSON, as a script or as a comment."""
+    content_type = "application/json"
+    if callback is not None:
+        # U+2028 and U+2029 end a line in older scripts; the comment keeps the file's first bytes ours.
+        batch = "/**/{}({});".format(callback, batch.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+        content_type = "text/javascript"
+    elif comment_filtered:
+        # A star only ever stands inside a string; escaped, it cannot end the comment, nor begin one.
+        batch = "/*{}*/".format(batch.replace("*", "\\u002a"))
+        content_type = "text/json-comment-filtered"
+    body = batch.encode("utf-8")
+    head = (f"HTTP/1.1 {status} {REASONS[status]}\r\nContent-Type: {content_type}; charset=utf-8\r\n"
+            f"Content-Length: {len(body)}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+            f"Date: {http_date(int(time.time()))}\r\n{headers}\r\n")
+    return head.encode("latin-1") + body
+
+
+class HttpTransport:
+    """Takes requests from connections, and brings each to the core, a content handler or a file."""
+
+    def __init__(self, options: Options, core: Bayeux, watch: Watch, logger: logging.Logger) -> None:
+        self.options = options
+        self.core = core
+        self.is_stopping = False
+        self._watch = watch
+        self._logger = logger
+        self._proxies = [ipaddress.ip_network(each, strict=False) for each in options.trusted_proxies]
+        self._open_requests: collections.Counter[str] = collections.Counter()      # by address
+        self._handlers = sorted(options.content_handlers.items(), key=lambda item: -len(item[0]))
+
+    # -- What connections tell -------------------------------------------------------------
+
+    def consume(self, connection: Connection) -> None:
+        """Bytes have come.  Requests on one connection are answered in turn: a held connect is answered first."""
+        for _ in range(REQUESTS_AT_ONCE):
+            if isinstance(connection.exchange, HttpExchange):
+                self.core.answer_now(connection.exchange)
+            if connection.exchange is not None:
+                return                          # its answer is being made; the connection is resumed after it
+            try:
+                request = self._next_request(connection)
+            except HTTPFault as fault:
+                return self._refuse(connection, connection.request, fault, is_last=True)
+            if request is None:
+                return
+            connection.deadline = math.inf      # from here the time is ours, not the client's
+            self._respond(connection, request)
+            if not self._watch.is_led_here():
+                return self._watch.resume(connection)
+            if not connection.input or connection.is_closing or connection.output:
+                return
+        self._watch.resume(connection)
+
+    def expired(self, connection: Connection) -> None:
+        if connection.input or connection.request is not None:
+            self._refuse(connection, connection.request, HTTPFault(
+                408, f"The request did not arrive within {self.options.request_timeout:g} s"), is_last=True)
+        else:
+            self._watch.close(connection)
+
+    def lost(self, connection: Connection) -> None:
+        exchange = connection.exchange
+        if isinstance(exchange, HttpExchange):
+            self.core.hang_up(exchange)
+            self.end_request(exchange)
+
+    # -- Reading a request -----------------------------------------------------------------
+
+    def _next_request(self, connection: Connection) -> Request | None:
+        """The next whole request, or None until there is more of it."""
+        request = connection.request
+        if request is None:
+            if connection.input[:2] == b"\r\n":         # an empty line left behind by an old client
+                connection.input = connection.input.lstrip(b"\r\n")
+            end = connection.input.find(b"\r\n\r\n", 0, MAX_HEAD)
+            if end < 0:
+                return self._check_beginning(connection)
+            head, connection.input = connection.input[:end], connection.input[end + 4:]
+            request = connection.request = parse_head(head.decode("latin-1"))
+            request.is_secure = isinstance(connection, TLSConnection)
+            request.address = self._client_address(connection, request)
+            self._expect_body(connection, request)
+        if request.chunks is not None:
+            connection.input = request.chunks.feed(connection.input)
+            if not request.chunks.is_complete:
+                return None
+            request.body = bytes(request.chunks.body)
+        elif request.missing:
+            self._read_body(connection, request)
+            if request.missing:
+                return None
+            request.body = bytes(request.body)
+        connection.request = None
+        return request
+
+    def _check_beginning(self, connection: Connection) -> None:
+        """Refuse at once what cannot become a request: a client that waits for its answer sends no more."""
+        data = connection.input
+        if len(data) >= MAX_HEAD:
+            raise HTTPFault(431, f"The request's head is larger than {MAX_HEAD} bytes")
+        if b"\n" in data:
+            parts = data[:-1 if data[-1:] == b"\r" else None].decode("latin-1").rpartition("\r\n")
+            if CONTROL_CHARACTER.search(parts[0] + parts[2]) or not REQUEST_LINE.fullmatch(
+                    (parts[0] or parts[2]).split("\r\n")[0]):
+                raise HTTPFault(400, "Not a request of HTTP/1.0 or HTTP/1.1; lines end with CR LF")
+        if connection.deadline == math.inf or not connection.exchange:
+            connection.deadline = min(connection.deadline, time.monotonic() + self.options.request_timeout)
+
+    def _expect_body(self, connection: Connection, request: Request) -> None:
+        """Find out how long the body is, and refuse one that is too large before it is read."""
+        limit, coding = self.options.max_request_size, request.headers.get("transfer-encoding")
+        length = request.headers.get("content-length")
+        if coding is not None:
+            if length is not None or request.version < (1, 1):
+                raise HTTPFault(400, "Transfer-Encoding with Content-Length, or in HTTP/1.0")
+            if coding.lower() != "chunked":
+                raise HTTPFault(501, "chunked is the only Transfer-Encoding known here")
+            request.chunks = ChunkedBody(limit)
+        elif length is not None:
+            if not re.fullmatch(r"[0-9]{1,18}", length):
+                raise HTTPFault(400, "Bad Content-Length")
+            request.missing = int(length)
+            if request.missing > limit:
+                raise HTTPFault(413, f"The body is larger than {limit} bytes")
+        if request.missing > len(connection.input) or request.chunks:
+            connection.deadline = time.monotonic() + self.options.request_timeout
+            if "expect" in request.headers and request.version >= (1, 1):
+                if request.headers["expect"].lower() != "100-continue":
+                    raise HTTPFault(417, "100-continue is the only expectation known here")
+                connection.write_interim(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    @staticmethod
+    def _read_body(connection: Connection, request: Request) -> None:
+        part, connection.input = connection.input[:request.missing], connection.input[request.missing:]
+        request.missing -= len(part)
+        if not request.body and not request.missing:
+            request.body = part                 # the usual case: one read brought it all
+        else:
+            request.body = request.body or bytearray()
+            request.body += part
+
+    def _client_address(self, connection: Connection, request: Request) -> str:
+        """The peer, or, where that is a trusted proxy, whom it speaks for: the last it tells that is no proxy.
+
+        Whoever is no trusted proxy may write into X-Forwarded-For what he likes.
+        """
+        address = connection.address
+        if self._proxies:
+            forwarded = [each.strip() for each in request.headers.get("x-forwarded-for", "").split(",")]
+            while forwarded and self._is_proxy(address):
+                address = forwarded.pop() or address
+        return address
+
+    def _is_proxy(self, address: str) -> bool:
+        try:
+            return any(ipaddress.ip_address(address) in network for network in self._proxies)
+        except ValueError:
+            return False
+
+    # -- Answering it ----------------------------------------------------------------------
+
+    def _respond(self, connection: Connection, request: Request) -> None:
+        connection.exchange = request           # busy; a Bayeux request puts its own exchange here
+        try:
+            if self._is_bayeux(request):
+                self._receive_batch(connection, request)
+            else:
+                self._watch.step_aside()
+                self._send_plain(connection, request, self._plain_response(request))
+        except HTTPFault as fault:
+            self._refuse(connection, request, fault, is_last=not request.wants_keep_alive)
+        except BayeuxError as error:            # a body that holds no batch
+            self._refuse(connection, request, HTTPFault(400, str(error).split(":", 2)[2]),
+                         is_last=not request.wants_keep_alive)
+        except Exception:
+            self._logger.exception("%s %.200r failed", request.method, request.target)
+            self._refuse(connection, request, HTTPFault(500, "The server failed"), is_last=True)
+
+    def _is_bayeux(self, request: Request) -> bool:
+        """The path, or any below it: CometD's client appends handshake, connect and so on."""
+        path = self.options.path
+        return request.path == path or request.path.startswith(path + "/")
+
+    def _refuse(self, connection: Connection, request: Request | None, fault: HTTPFault, is_last: bool) -> None:
+        self._logger.info("refused %s from %s: %d %s",
+                          f"{request.method[:20]} {request.target[:200]!r}" if request else "a request",
+                          request.address if request else connection.address, fault.status, fault.text)
+        connection.input = b"" if is_last else connection.input
+        connection.exchange = request or fault
+        if request is None or self._is_bayeux(request):
+            headers = "".join("{}: {}\r\n".format(*item) for item in fault.headers.items()) + (CLOSE if is_last else "")
+            callback = self._callback(request) if request and request.method == "GET" else None
+            connection.write(batch_answer(fault.status, fault.batch(), headers, callback), is_last=is_last)
+        else:
+            self._send_plain(connection, request, Response(fault.text + "\n", fault.status, {
+                "Content-Type": "text/plain; charset=utf-8", **fault.headers}), is_last)
+
+    # -- Bayeux ----------------------------------------------------------------------------
+
+    def _receive_batch(self, connection: Connection, request: Request) -> None:
+        cors = self._cross_origin_headers(request)
+        if request.method == "OPTIONS":
+            return self._answer_preflight(connection, request, cors)
+        if request.method not in ("POST", "GET"):
+            raise HTTPFault(405, "Bayeux comes by POST, or by GET as JSONP", Allow="GET, OPTIONS, POST")
+        if self.is_stopping:
+            raise HTTPFault(503, "The server is stopping", Retry_After=str(BUSY_RETRY))
+        if request.method == "GET":
+            callback: str | None = self._callback(request)
+            if callback is None:
+                raise HTTPFault(400, f"jsonp must be a dotted name of at most {MAX_CALLBACK_LENGTH} letters and digits")
+            texts: Iterable[bytes | str] = form_messages(request.query)
+        else:
+            callback, texts = None, post_messages(request)
+        messages = decode_batch(texts)
+        if request.version < (1, 1) and request.wants_keep_alive:
+            cors += KEEP
+        exchange = HttpExchange(self, connection, request, cors, callback)
+        self._begin_request(exchange)
+        connection.exchange = exchange
+        self.core.receive(messages, exchange)
+
+    @staticmethod
+    def _callback(request: Request) -> str | None:
+        """The JSONP callback's name; None if it is no plain name: it becomes part of a script."""
+        name = urllib.parse.parse_qs(request.query).get("jsonp", ["jsonpcallback"])[-1]
+        return name if len(name) <= MAX_CALLBACK_LENGTH and JSONP_CALLBACK.fullmatch(name) else None
+
+    def _begin_request(self, exchange: HttpExchange) -> None:
+        limit = self.options.client_max_connections
+        if limit:
+            with self.core.condition:
+                if self._open_requests[exchange.address] >= limit:
+                    raise HTTPFault(503, f"More than {limit} requests at once from {exchange.address}",
+                                    Retry_After=str(BUSY_RETRY))
+                self._open_requests[exchange.address] += 1
+
+    def end_request(self, exchange: HttpExchange) -> None:
+        if self.options.client_max_connections:
+            with self.core.condition:
+                if exchange.is_counted:
+                    exchange.is_counted = False
+                    self._open_requests[exchange.address] -= 1
+                    if not self._open_requests[exchange.address]:
+                        del self._open_requests[exchange.address]
+
+    # -- Cross-origin rules ----------------------------------------------------------------
+    #
+    # A page of another site may use the server only where its origin is allowed.  Browsers do
+    # not tell the origin of a script that is loaded (JSONP); there Referer and Sec-Fetch-Site
+    # speak for it.  Who is no browser sends none of the three, and is not concerned.
+
+    def _cross_origin_headers(self, request: Request) -> str:
+        """The headers for an allowed foreign origin; '' for our own; HTTPFault 403 for others."""
+        origin = request.headers.get("origin")
+        if origin is None and request.method == "GET":
+            origin = self._origin_of_script(request)
+        if origin is None or self._is_own_origin(origin, request):
+            return ""
+        if origin in self.options.allowed_origins:
+            return (f"Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Allow-Credentials: true\r\nVary: Origin\r\n")
+        if "*" in self.options.allowed_origins:
+            return "Access-Control-Allow-Origin: *\r\n"
+        raise HTTPFault(403, f"Origin {origin} is not allowed here")
+
+    @staticmethod
+    def _origin_of_script(request: Request) -> str | None:
+        referer = urllib.parse.urlsplit(request.headers.get("referer", ""))
+        if referer.netloc:
+            return f"{referer.scheme}://{referer.netloc}"
+        return "unknown" if request.headers.get("sec-fetch-site") in ("cross-site", "same-site") else None
+
+    @staticmethod
+    def _is_own_origin(origin: str, request: Request) -> bool:
+        """Whether it is the host that was asked.  The scheme is not compared: a proxy may have taken TLS off."""
+        parts = urllib.parse.urlsplit(origin)
+        default_port = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
+        hosts = [host[:-len(default_port)] if default_port and host.endswith(default_port) else host
+                 for host in (parts.netloc.lower(), request.headers.get("host", "").lower())]
+        return bool(hosts[0]) and hosts[0] == hosts[1]
+
+    @staticmethod
+    def _answer_preflight(connection: Connection, request: Request, cors: str) -> None:
+        if cors:
+            cors += ("Access-Control-Allow-Methods: GET, OPTIONS, POST\r\n"
+                     "Access-Control-Allow-Headers: Content-Type, X-Requested-With\r\nAccess-Control-Max-Age: 3600\r\n")
+        is_last = not request.wants_keep_alive
+        head = "HTTP/1.1 204 No Content\r\nAllow: GET, OPTIONS, POST\r\nDate: {}\r\n{}{}\r\n".format(
+            http_date(int(time.time())), cors, CLOSE if is_last else "")
+        connection.write(head.encode("latin-1"), is_last=is_last)
+
+    # -- Plain HTTP ------------------------------------------------------------------------
+
+    def _plain_response(self, request: Request) -> Response:
+        for prefix, handler in self._handlers:
+            if request.path == prefix or request.path.startswith(prefix.rstrip("/") + "/"):
+                returned = handler(request)
+                if isinstance(returned, Response):
+                    return returned
+                if isinstance(returned, (str, bytes)):
+                    return Response(returned, headers={"Content-Type": "text/html; charset=utf-8"})
+                raise TypeError(f"the content handler of {prefix} returned {returned!r}: a Response, text or bytes is wanted")
+        if self.options.docroot is None:
+            raise HTTPFault(404, f"Nothing here; Bayeux is at {self.options.path}")
+        if request.method == "OPTIONS":
+            return Response(status=204, headers={"Allow": "GET, HEAD, OPTIONS"})
+        if request.method not in ("GET", "HEAD"):
+            raise HTTPFault(405, "Files are read by GET or HEAD", Allow="GET, HEAD, OPTIONS")
+        return FileHandler(request, self.options).respond()
+
+    def _send_plain(self, connection: Connection, request: Request, response: Response,
+                    is_last: bool | None = None) -> None:
+        if self.options.post_handle is not None:
+            try:
+                self._watch.step_aside()
+                self.options.post_handle(request, response)
+            except Exception:
+                self._logger.exception("post_handle failed on %.200r", request.target)
+                response = Response("post_handle failed\n", 500, {"Content-Type": "text/plain"})
+        if is_last is None:
+            is_last = not request.wants_keep_alive or self.is_stopping
+        body = response.body.encode("utf-8") if isinstance(response.body, str) else response.body
+        length = len(body) if isinstance(body, bytes) else response.length
+        headers = {name: value for name, value in response.headers.items()
+                   if name.lower() not in ("content-length", "connection", "date")}
+        lines = [f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Unknown')}",
+                 "Date: " + http_date(int(time.time())), "X-Content-Type-Options: nosniff"]
+        if response.status not in (204, 304):
+            lines.append(f"Content-Length: {length}")
+        lines += ["{}: {}".format(name, re.sub(r"[\r\n\0]", " ", str(value))) for name, value in headers.items()]
+        lines += [(CLOSE if is_last else KEEP).strip()] if is_last or request.version < (1, 1) else []
+        head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+        has_body = request.method != "HEAD" and response.status not in (204, 304)
+        source = None
+        if not isinstance(body, bytes):
+            source, body = FileSource(body, length if has_body else 0), b""
+        connection.write(head + (body if has_body else b""), source, is_last)
+
+
+def post_messages(request: Request) -> list[bytes | str]:
+    """The texts of a POST that hold its messages.  (Bayeux, "The long-polling request messages")
+
+    Some clients send a form and do not say so (Faye, cross-origin), some say form and send JSON (curl
+    -d); so a type that says little is settled by the body's first character.
+    """
+    main_type, _, parameters = request.headers.get("content-type", "").partition(";")
+    main_type = main_type.strip().lower()
+    charset = re.search(r"charset=\"?([^\s;\"]*)", parameters, re.IGNORECASE)
+    if charset and charset[1].lower() not in UTF8_NAMES:
+        raise HTTPFault(415, "The charset must be UTF-8")
+    if main_type in JSON_TYPES or (main_type in LOOSE_TYPES and request.body.lstrip()[:1] in (b"[", b"{")):
+        return [request.body]
+    if main_type not in LOOSE_TYPES:
+        raise HTTPFault(415, "Bayeux comes as application/json, or as a form with message")
+    if main_type != LOOSE_TYPES[-1] and not request.body.startswith(b"message="):
+        return [request.body]
+    try:
+        return form_messages(request.body.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise HTTPFault(400, "Not UTF-8") from None
+
+
+def form_messages(form: str) -> list[bytes | str]:
+    """The message parameters of a form or a query: one or many."""
+    try:
+        texts = urllib.parse.parse_qs(form, keep_blank_values=True, errors="strict").get("message", [])
+    except UnicodeDecodeError:
+        raise HTTPFault(400, "Not UTF-8") from None
+    if not texts:
+        raise HTTPFault(400, "The parameter message is missing")
+    return list(texts)
+
+
+class FileSource:
+    """The bytes of a file, as an iterator; the file is closed at its end, or before."""
+
+    def __init__(self, file: BinaryIO, length: int) -> None:
+        self._file = file
+        self._missing = length
+
+    def __iter__(self) -> FileSource:
+        return self
+
+    def __next__(self) -> bytes:
+        part = self._file.read(min(self._missing, RECEIVE_SIZE)) if self._missing else b""
+        if self._missing and not part:
+            raise ValueError("the file has shrunk while it was sent")
+        self._missing -= len(part)
+        if not part:
+            self.close()
+            raise StopIteration
+        return part
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class FileHandler(http.server.SimpleHTTPRequestHandler):
+    """Static files as http.server serves them, without its socket: the request is read, the answer is collected.
+
+    Added are index files by option, expiry, one byte range, and what must not be served: anything
+    outside of the root (by .., by an encoded trick or by a symbolic link), dot-files, listings.
+    """
+
+    extensions_map: ClassVar[dict[str, str]] = {
+        **http.server.SimpleHTTPRequestHandler.extensions_map,
+        ".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".json": "application/json",
+        ".mjs": "text/javascript", ".svg": "image/svg+xml", ".txt": "text/plain", ".wasm": "application/wasm",
+    }
+
+    def __init__(self, request: Request, options: Options) -> None:
+        self.command = request.method
+        self.path = request.target
+        self.headers = email.message.Message()
+        for name, value in request.headers.items():
+            self.headers[name] = value
+        self.directory = os.path.realpath(options.docroot)
+        self._options = options
+        self._request = request
+        self._response = Response()
+
+    def respond(self) -> Response:
+        """The file, or HTTPFault."""
+        self._check_path()
+        file = self.send_head()
+        response = self._response
+        mime_type = self.guess_type(self.translate_path(self.path))
+        if response.status in (200, 304):
+            response.headers.update(self._expiry(mime_type.partition(";")[0]))
+        if file is not None:
+            response.body, response.length = file, int(response.headers["Content-Length"])
+            if response.headers["Content-type"].startswith("text/"):
+                response.headers["Content-type"] += "; charset=utf-8"
+            self._apply_range(response)
+        return response
+
+    def _check_path(self) -> None:
+        path = self._request.path
+        segments = path.split("/")
+        if "\0" in path or "\\" in path or path.startswith("//") or any(part.startswith(".") for part in segments):
+            raise HTTPFault(404, "No such file")
+        real = os.path.realpath(self.translate_path(self.path))
+        if real != self.directory and not real.startswith(os.path.join(self.directory, "")):
+            raise HTTPFault(404, "No such file")
+        if os.path.isdir(real) and path.endswith("/"):
+            index = next((each for each in self._options.directory_index
+                          if os.path.isfile(os.path.join(real, each))), None)
+            if index is None:
+                raise HTTPFault(404, "No such file")
+            self.path = self._request.target.partition("?")[0] + urllib.parse.quote(index)
+            self._request.path = path + index
+            return self._check_path()           # the index may be a link, too
+        if not os.path.isdir(real) and not os.path.isfile(real):    # a pipe would be waited for
+            raise HTTPFault(404, "No such file")
+
+    def _expiry(self, mime_type: str) -> dict[str, str]:
+        lifetime = self._options.type_expires.get(mime_type)
+        if lifetime is None:
+            return {"Cache-Control": "no-cache"}        # keep it, but ask whether it has changed
+        return {"Cache-Control": f"max-age={int(lifetime)}", "Expires": http_date(int(time.time()) + int(lifetime))}
+
+    def _apply_range(self, response: Response) -> None:
+        """One range of bytes (RFC 9110, "Range Requests"); of several, none: the whole file is a valid answer."""
+        response.headers["Accept-Ranges"] = "bytes"
+        match = BYTE_RANGE.fullmatch(self._request.headers.get("range", ""))
+        condition = self._request.headers.get("if-range")
+        if match is None or not (match[1] or match[2]) or condition not in (None, response.headers["Last-Modified"]):
+            return
+        size = response.length
+        first = int(match[1]) if match[1] else max(0, size - int(match[2]))
+        last = min(int(match[2]), size - 1) if match[1] and match[2] else size - 1
+        if first > last:
+            response.body.close()
+            raise HTTPFault(416, "The range lies outside of the file", Content_Range=f"bytes */{size}")
+        response.body.seek(first)
+        response.length = last - first + 1
+        response.status = 206
+        response.headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+
+    # What SimpleHTTPRequestHandler.send_head calls.
+
+    def send_response(self, code: int, message: str | None = None) -> None:
+        self._response.status = int(code)
+
+    def send_header(self, keyword: str, value: str) -> None:
+        self._response.headers[keyword] = value
+
+    def end_headers(self) -> None:
+        pass
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        raise HTTPFault(int(code), message or REASONS[int(code)])
+
+
+# ======================================================================================
+# §11  The server
+# ======================================================================================
+
+class BayeuxServer(http.server.ThreadingHTTPServer):
+    """A Bayeux server, and a small file server beside it.
+
+    Arguments: the options, by keyword; see the README, --help, or dataclasses.fields(Options).  It
+    listens as soon as it is made, and serves once start() or serve_forever() is called, or inside a
+    with block.
+
+    Raises:
+        OptionError: an option is unknown, or has a value it may not have.
+        OSError: the port is in use, or may not be used.
+
+    Attributes:
+        options: all of them, with their defaults.
+        host, port: where it listens; port=0 took any free one.
+        url: where Bayeux is spoken.
+        logger: a logging.Logger.
+    """
+
+    request_queue_size = ACCEPT_BACKLOG
+    allow_reuse_address = os.name == "posix"    # elsewhere two servers could share the port
+
+    def __init__(self, **keywords: Any) -> None:
+        self.options = options = Options.from_keywords(keywords)
+        self.logger = logging.getLogger("bayeux_server")
+        self._log_handler = self._open_log()
+        self._tls = self._tls_context()
+        self._handler_threads = HandlerThreads(options.max_threads, self.logger)
+        if ":" in options.host:
+            self.address_family = socket.AF_INET6
+        super().__init__((options.host, options.port), FileHandler)
+        self.socket.setblocking(False)
+        self.watch = Watch(self.socket, self._handle_request_noblock, self._handler_threads, options.request_timeout,
+                           self.logger)
+        self.core = Bayeux(options, self.logger, self._handler_threads.run, self.watch.step_aside)
+        self.http = HttpTransport(options, self.core, self.watch, self.logger)
+        self._wait = LongPollWait(self.core)
+        self._state = threading.Lock()
+        self._has_started = self._has_stopped = False
+        live_servers.add(self)
+
+    def _open_log(self) -> logging.Handler | None:
+        if self.options.debug:
+            self.logger.setLevel(logging.DEBUG)
+        if self.options.log_file is None:
+            return None
+        try:
+            handler = logging.FileHandler(self.options.log_file)
+        except OSError as error:
+            raise OptionError(f"log_file is {self.options.log_file!r}: it must be a file that can be written ({error.strerror})") from None
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        if self.logger.getEffectiveLevel() > logging.INFO:
+            self.logger.setLevel(logging.INFO)
+        self.logger.addHandler(handler)
+        return handler
+
+    def _tls_context(self) -> ssl.SSLContext | None:
+        if self.options.tls_cert is None:
+            return self.options.tls_context
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(self.options.tls_cert, self.options.tls_key)
+        except OSError as error:                # ssl.SSLError too
+            raise OptionError(f"tls_cert is {self.options.tls_cert!r} and tls_key is {self.options.tls_key!r}: they must be PEM files that belong together ({error})") from None
+        return context
+
+    @property
+    def host(self) -> str:
+        return self.options.host
+
+    @property
+    def port(self) -> int:
+        return self.server_address[1]
+
+    @property
+    def url(self) -> str:
+        return self.root_url + self.options.path
+
+    @property
+    def root_url(self) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"{'https' if self._tls else 'http'}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    # -- Starting and stopping -------------------------------------------------------------
+
+    def start(self) -> BayeuxServer:
+        """Serve, on threads of its own, and return at once."""
+        with self._state:
+            if self._has_stopped:
+                raise RuntimeError("the server has been shut down; make another")
+            if not self._has_started:
+                self._has_started = True
+                self._wait.start()
+                self.watch.start()
+        return self
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Serve until another thread, or a signal handler's exception, ends it."""
+        self.start()
+        while not self.watch.has_ended.wait(poll_interval):
+            pass
+
+    def shutdown(self) -> None:
+        """Stop, within `grace` seconds: free the port, answer what is held, tell local clients, hang up."""
+        with self._state:
+            if self._has_stopped:
+                return
+            self._has_stopped = True
+        deadline = time.monotonic() + self.options.grace
+        live_servers.discard(self)
+        self.http.is_stopping = True
+        self.watch.stop_accepting()
+        self.core.stop()
+        if self._has_started:
+            with self.core.condition:
+                self.core.condition.wait_for(self.core.is_quiet, max(0.0, deadline - time.monotonic()))
+            while self.watch.is_busy() and time.monotonic() < deadline:
+                self.watch.has_ended.wait(0.01)
+            self._wait.stop()
+            self.watch.stop()
+            self.watch.has_ended.wait(max(0.1, deadline - time.monotonic()))
+        self._handler_threads.stop()
+        self.server_close()
+        if self._log_handler is not None:
+            self.logger.removeHandler(self._log_handler)
+            self._log_handler.close()
+
+    def __enter__(self) -> Any:
+        return self.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.shutdown()
+
+    # -- Calls of the application ----------------------------------------------------------
+
+    def service(self, name: str) -> Callable[[Callable], Callable]:
+        """Decorator: the function answers /service/<name> (the original's Services).
+
+        It is called with the message, a dict, and returns None, a message or several, which go back to
+        that client only; channel, id and successful are filled in.  '_handler' answers what has no service.
+        """
+        def register(function: Callable) -> Callable:
+            self.core.services[name] = function
+            return function
+        return register
+
+    def add_listener(self, listener: Callable[[str, dict], None]) -> None:
+        """Have listener(event, details) called with what happens (the original's Callback).
+
+        subscribe, unsubscribe (client_id, channel), publish (channel, data; client_id, id, ext where given),
+        client_push (client_id, channel, data, more), client_connect (client_id; ip, or session for a local
+        client), client_disconnect (client_id, reason).  In order, on a thread that holds no lock.
+        """
+        self.core.add_listener(listener)
+
+    def subscribe(self, channel: str, client_id: str) -> None:
+        """Subscribe a session or local client to a channel or pattern.  Raises BayeuxError 402, 403, 405."""
+        self.core.subscribe(channel, client_id)
+
+    def unsubscribe(self, channel: str, client_id: str) -> None:
+        """End a subscription.  Raises BayeuxError: no such client (402) or subscription (404)."""
+        self.core.unsubscribe(channel, client_id)
+
+    def publish(self, channel: str, data: Any, client_id: str | None = None, id: Any = None,
+                ext: dict | None = None) -> None:
+        """Send data to all subscribers of the channel.
+
+        Arguments:
+            channel: a broadcast channel's name.
+            data: whatever JSON can hold.
+            client_id: whose event it is, as local clients see it.
+            id: local clients see it; remote ones only with forward_id.
+            ext: everybody sees it.
+
+        Raises:
+            BayeuxError: no channel's name (405), or a /meta/ or /service/ channel (403).
+            TypeError, ValueError: JSON cannot hold the data.
+        """
+        self.core.publish(channel, data, client_id, id, ext)
+
+    def client_push(self, client_id: str, channel: str, data: Any = None, **extra: Any) -> None:
+        """Send one client a message that is no answer and no publish.  Raises BayeuxError 402, 405."""
+        self.core.client_push(client_id, channel, data, **extra)
+
+    # -- What socketserver calls -----------------------------------------------------------
+
+    def server_bind(self) -> None:
+        """Without http.server's look-up of our own name, which may take seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.options.host, self.server_address[1]
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self.logger.error("no more connections: %s (ulimit -n)", error.strerror)
+                self.watch.pause_accepting()
+            raise
+
+    def process_request(self, request: socket.socket, client_address: Any) -> None:
+        """Park the connection; no thread of its own."""
+        request.setblocking(False)
+        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        kind = Connection
+        if self._tls is not None:
+            request = self._tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+            kind = TLSConnection
+        self.watch.adopt(kind(request, client_address[0], self.watch, self.http))
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        self.logger.info("a connection from %s failed: %s", client_address[0], sys.exc_info()[1])
+
+
+# ======================================================================================
+# §12  Command line
+# ======================================================================================
+
+def add_demo(server: BayeuxServer) -> None:
+    """The two parts that the command line runs: /service/echo, and a bot that answers on /chat/demo."""
+
+    @server.service("echo")
+    def echo(message: dict) -> dict:
+        return {"data": message.get("data")}
+
+    bot = LocalClient(server, "autobot")
+
+    def answer(message: dict) -> None:
+        data = message["data"]
+        is_talk = isinstance(data, dict) and isinstance(data.get("chat"), str) and not (
+            data.get("join") or data.get("leave"))
+        if is_talk and message.get("clientId") != bot.id:
+            text = f"I heard {data.get('user', 'somebody')} say: {data['chat'][:200]}"
+            bot.publish("/chat/demo", {"user": "autobot", "chat": text})
+
+    bot.subscribe("/chat/demo", answer)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bayeux_server.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Bayeux server: live messages between browsers and programs over named channels.\n"
+                    "Serves the files of a folder beside it.",
+        epilog="example: python bayeux_server.py --port 8080 --docroot .    then open http://127.0.0.1:8080/")
+    parser.add_argument("--version", action="version", version=f"bayeux_server {__version__} (Bayeux {VERSION})")
+    parser.add_argument("--bare", action="store_true", help="without the demo parts: /service/echo and the bot")
+    for row in dataclasses.fields(Options):
+        add_flag(parser, row)
+    parser.set_defaults(docroot=".")
+    return parser
+
+
+def add_flag(parser: argparse.ArgumentParser, row: dataclasses.Field) -> None:
+    """The option as a flag, if it can be read from a command line."""
+    kind, help_text = row.metadata["kind"], row.metadata["help"].replace("%", "%%")
+    flag = row.metadata["flag"] or "--" + row.name.replace("_", "-")
+    if kind is SWITCH:
+        if row.default:
+            flag, help_text = "--no-" + flag[2:], "not: " + help_text
+        parser.add_argument(flag, dest=row.name, action="store_false" if row.default else "store_true",
+                            default=argparse.SUPPRESS, help=help_text)
+    elif kind.read is not None:
+        has_default = row.default not in (None, (), dataclasses.MISSING)
+        default = f" ({', '.join(row.default) if kind.many else row.default})" if has_default else ""
+        parser.add_argument(flag, dest=row.name, action="append" if kind.many else "store",
+                            type=partial(read_flag, kind), default=argparse.SUPPRESS, help=help_text + default,
+                            metavar=flag.strip("-").upper().replace("-", "_"))
+
+
+def read_flag(kind: Kind, text: str) -> Any:
+    try:
+        return kind.read(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: it must be {kind.allowed}") from None
+
+
+def start_text(server: BayeuxServer, is_bare: bool) -> str:
+    """What a newcomer wants to know: where to look, what is served, who may do what."""
+    options = server.options
+    at_once = options.client_max_connections or "any number of"
+    lines = [f"bayeux_server {__version__}: open {server.root_url}/ in two windows",
+             f"  Bayeux     {server.url}  ({', '.join(CONNECTION_TYPES)})",
+             f"  files      {os.path.abspath(options.docroot) if options.docroot else 'none'}",
+             f"  publishing {'anybody' if options.anon_publish else 'clients after their handshake'}",
+             f"  origins    {', '.join(['own pages', *options.allowed_origins])}",
+             f"  limits     {at_once} requests at once from one address, {options.max_sessions} sessions,",
+             f"             {options.max_queue} waiting events a session, {options.max_message_size} bytes a message"]
+    if not is_bare:
+        lines.append("  demo       /service/echo, and a bot on /chat/demo (--bare: without)")
+    return "\n".join([*lines, "Ctrl-C stops it."])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a server until SIGINT or SIGTERM.  Returns the exit status: 0, 1 (cannot listen); 2 is argparse's."""
+    parser = make_parser()
+    keywords = vars(parser.parse_args(arguments))
+    is_bare = keywords.pop("bare")
+    if "type_expires" in keywords:
+        keywords["type_expires"] = dict(keywords["type_expires"])
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    try:
+        server = BayeuxServer(**keywords)
+    except OptionError as error:
+        parser.error(str(error))
+    except OSError as error:
+        print("bayeux_server.py: cannot listen on {}:{}: {}".format(
+            keywords.get("host", "127.0.0.1"), keywords.get("port", 8080), error.strerror or error), file=sys.stderr)
+        return 1
+    if not is_bare:
+        add_demo(server)
+    is_asked_to_stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: is_asked_to_stop.set())
+    server.start()
+    print(start_text(server, is_bare), flush=True)
+    while not is_asked_to_stop.wait(0.5):       # a timeout, or Windows would not see the signal
+        pass
+    server.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
