@@ -55,7 +55,6 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import datetime
 import difflib
 import email.message
 import email.utils
@@ -156,7 +155,7 @@ def is_number(value: Any) -> bool:
 
 def whole(low: int, high: float = math.inf) -> Kind:
     words = f"a whole number from {low} to {high}" if high < math.inf else f"a whole number, {low} or more"
-    return Kind(words, lambda value: is_number(value) and value == int(value) and low <= value <= high, int)
+    return Kind(words, lambda value: is_number(value) and isinstance(value, int) and low <= value <= high, int)
 
 
 def seconds(low: float = 0.0) -> Kind:
@@ -196,8 +195,12 @@ TEXT = Kind("a text that is not empty", lambda value: isinstance(value, str) and
 PATH = Kind("a file's path, or None", lambda value: value is None or isinstance(value, (str, os.PathLike)), str)
 FOLDER = Kind("a folder that exists, or None",
               lambda value: value is None or (isinstance(value, (str, os.PathLike)) and os.path.isdir(value)), str)
+FILE_NAMES = names("file names", lambda name: name != "" and "/" not in name)
+ORIGINS = names("origins such as https://example.org, or *", is_origin)
+NETWORKS = names("IP addresses or networks", is_network)
 FUNCTION = Kind("a function, or None", lambda value: value is None or callable(value))
-FUNCTIONS = table("a mapping of names to functions", lambda name, function: isinstance(name, str) and callable(function))
+FUNCTIONS = table("a mapping of names to functions",
+                  lambda name, function: isinstance(name, str) and callable(function))
 URL_PATH = Kind("an absolute path such as /cometd", lambda value: isinstance(value, str)
                 and re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", value) is not None, str)
 TYPE_EXPIRES = table("MIME types with whole seconds, image/png=3600", lambda mime_type, lifetime: (
@@ -230,7 +233,7 @@ class Options:
         TEXT, "name by which LocalClient finds the server in this process"))
     docroot: str | None = field(default=None, metadata=about(FOLDER, "folder of static files"))
     directory_index: Iterable[str] = field(default=("index.html",), metadata=about(
-        names("file names", lambda name: "/" not in name), "file shown for a folder, in order of preference", "--directory-index"))
+        FILE_NAMES, "file shown for a folder, in order of preference", "--directory-index"))
     type_expires: Mapping[str, int] = field(default_factory=dict, metadata=about(
         TYPE_EXPIRES, "how long browsers may keep files of a MIME type, in s"))
     tls_cert: str | None = field(default=None, metadata=about(
@@ -243,9 +246,9 @@ class Options:
     anon_publish: bool = field(default=False, metadata=about(
         SWITCH, "let remote clients publish without a handshake"))
     allowed_origins: Iterable[str] = field(default=(), metadata=about(
-        names("origins such as https://example.org, or *", is_origin), "other site whose pages may use this server; * is any, without cookies", "--allowed-origin"))
+        ORIGINS, "other site whose pages may use this server; * is any, without cookies", "--allowed-origin"))
     trusted_proxies: Iterable[str] = field(default=(), metadata=about(
-        names("IP addresses or networks", is_network), "proxy whose X-Forwarded-For is believed", "--trusted-proxy"))
+        NETWORKS, "proxy whose X-Forwarded-For is believed", "--trusted-proxy"))
     bind_sessions: bool = field(default=False, metadata=about(
         SWITCH, "a session works only with the cookie of its handshake"))
 
@@ -263,7 +266,7 @@ class Options:
         whole(0), "Bayeux requests open at once from one address; 0: no limit"))
     max_sessions: int = field(default=10_000, metadata=about(whole(1), "sessions at once"))
     max_sessions_per_browser: int = field(default=0, metadata=about(
-        whole(0), "held connects of one browser (told by cookie); further sessions of it are told to poll; 0: no limit"))
+        whole(0), "held connects of one browser, told by cookie; its further sessions are told to poll; 0: no limit"))
     max_subscriptions: int = field(default=1000, metadata=about(whole(1), "subscriptions of one session"))
     max_queue: int = field(default=10_000, metadata=about(
         whole(1), "events that may wait for one session; one more ends it"))
@@ -304,8 +307,8 @@ class Options:
             if not kind.accepts(value):
                 raise OptionError(f"{row.name} is {value!r}: it must be {kind.allowed}")
         if self.interval >= self.connect_timeout:
-            raise OptionError(f"interval is {self.interval!r}: it must be less than connect_timeout, {self.connect_timeout!r}, or every session "
-                              "would expire between two connects")
+            raise OptionError(f"interval is {self.interval!r}: it must be less than connect_timeout, "
+                              f"{self.connect_timeout!r}, or every session would end between two connects")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise OptionError(f"tls_cert is {self.tls_cert!r} and tls_key is {self.tls_key!r}: give both, or none")
         if self.tls_cert is not None and self.tls_context is not None:
@@ -539,7 +542,8 @@ def with_fields(text: str, fields: dict) -> str:
 
 def timestamp_now() -> str:
     """(Bayeux, "timestamp"): YYYY-MM-DDThh:mm:ss.ss in GMT."""
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-4]
+    now = time.time()
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 100):02d}"
 
 
 class TimeSync(NamedTuple):
@@ -714,7 +718,9 @@ class Session:
         ended: why it ended, or None.
     """
 
-    __slots__ = ("__weakref__", "address", "browser", "comment_filtered", "connected", "created", "crowded", "ended", "flags", "hold", "id", "in_flight", "is_ready", "lease", "queue", "subscriptions", "timer", "transport")
+    __slots__ = ("__weakref__", "address", "browser", "comment_filtered", "connected", "created", "crowded",
+                 "ended", "flags", "hold", "id", "in_flight", "is_ready", "lease", "queue", "subscriptions",
+                 "timer", "transport")
 
     def __init__(self, id: str | None, exchange: Exchange) -> None:
         self.id = id
@@ -843,7 +849,7 @@ class Turn:
     def __init__(self, exchange: Exchange, is_shared: bool) -> None:
         self.exchange = exchange
         self.is_shared = is_shared                      # the request has more than one message
-        self.connecting: Session | None = None       # whose events go with the answer
+        self.connecting: Session | None = None          # whose events go with the answer
 
 
 class Bayeux:
@@ -872,7 +878,7 @@ class Bayeux:
         self.local_clients: dict[str, LocalClient] = {}
         self.ready: collections.deque[Session] = collections.deque()        # with events and a held connect
         self.released: collections.deque[Answer] = collections.deque()      # connects to answer without events
-        self.overfull: list[Session | LocalClient] = []               # with more events than max_queue
+        self.overfull: list[Session | LocalClient] = []                     # with more events than max_queue
         self.timers: list[tuple[float, int, Session]] = []                  # a heap: when to look at whom
         self.mailboxes: list[Mailbox] = []                                  # to be opened
         self.scheduled_mailboxes = 0                                        # those, and those being opened
@@ -896,17 +902,14 @@ class Bayeux:
         A handshake makes the rest of its request void (Bayeux, "Handshake Request").  A connect is
         handled first, whatever its place, and what was published before it goes with its answer.
         """
-        handshake = next((each for each in messages if isinstance(each, dict) and each.get("channel") == HANDSHAKE),
-                         None)
-        if handshake is not None:
-            messages = [handshake]
+        if self.logger.isEnabledFor(logging.DEBUG):
+            self.logger.debug("from %s: %.1000s", exchange.address, messages)
+        channels = [each.get("channel") if isinstance(each, dict) else None for each in messages]
+        if HANDSHAKE in channels:
+            messages = [messages[channels.index(HANDSHAKE)]]
         turn = Turn(exchange, is_shared=len(messages) > 1)
-        places = range(len(messages))
-        if turn.is_shared:
-            places = sorted(places, key=lambda place: not (
-                isinstance(messages[place], dict) and messages[place].get("channel") == CONNECT))
         replies: list[list[str]] = [[]] * len(messages)
-        for place in places:
+        for place in sorted(range(len(messages)), key=lambda place: channels[place] != CONNECT):
             replies[place] = self._replies_to(messages[place], turn)
         self.wake()
         texts = [text for each in replies for text in each]
@@ -949,7 +952,8 @@ class Bayeux:
         if not isinstance(message, dict):
             raise BayeuxError(400, "", "A message is an object")
         if turn.exchange.is_large and len(encode_json(message).encode("utf-8")) > self.options.max_message_size:
-            raise BayeuxError(413, self._channel_shown(message), f"The message is larger than {self.options.max_message_size} bytes")
+            raise BayeuxError(413, self._channel_shown(message),
+                              f"The message is larger than {self.options.max_message_size} bytes")
         if message.get("id") is not None and not is_message_id(message["id"]):
             raise BayeuxError(400, self._channel_shown(message), "id must be a string or a number")
         for incoming in self._incoming:
@@ -1083,7 +1087,8 @@ class Bayeux:
         reply = self._success(message, version=VERSION, minimumVersion=VERSION, supportedConnectionTypes=types,
                               clientId=session.id, advice=self._advice())
         ext = message.get("ext")
-        if self.options.json_comment_filtered and isinstance(ext, dict) and ext.get("json-comment-filtered") in (1, "true"):
+        wants_comments = isinstance(ext, dict) and ext.get("json-comment-filtered") in (True, "true")
+        if wants_comments and self.options.json_comment_filtered:
             session.comment_filtered = turn.exchange.comment_filtered = True
             reply["ext"] = {"json-comment-filtered": True}
         session.browser = turn.exchange.name_browser()
@@ -1304,6 +1309,7 @@ class Bayeux:
 
     def _deliver_through_extensions(self, event: Event) -> None:
         """The same where each session may get another text, or none: one encoding for each."""
+        notice = event.notice() if self._listeners else None
         with self.condition:
             subscribers = list(self.registry.subscribers(event.channel))
         accepted: list[tuple] = []
@@ -1319,8 +1325,8 @@ class Bayeux:
                 if not subscriber.ended:
                     subscriber.accept(own_event, self)
             self._end_overfull()
-            if self._listeners:
-                self._tell("publish", **event.notice())
+            if notice is not None:
+                self._tell("publish", **notice)
 
     def _end_overfull(self) -> None:
         """A client that does not fetch its events must not fill our memory."""
@@ -1549,6 +1555,8 @@ class Bayeux:
 
     def wake(self) -> None:
         """Set to work what was made ready: the wait, and the mailboxes.  Without the lock."""
+        if not (self.ready or self.released or self.mailboxes):
+            return                          # who adds something after this look calls wake, too
         with self.condition:
             if self.ready or self.released:
                 self.condition.notify_all()
@@ -1648,7 +1656,8 @@ def find_server(alias: str) -> Any:
     """The one live server of that alias, or ValueError."""
     found = [server for server in list(live_servers) if server.options.alias == alias]
     if len(found) != 1:
-        raise ValueError("{} server in this process has the alias {!r}; pass the server itself".format("no" if not found else "more than one", alias))
+        number = "more than one" if found else "no"
+        raise ValueError(f"{number} server in this process has the alias {alias!r}; pass the server itself")
     return found[0]
 
 
@@ -1896,7 +1905,8 @@ class Connection:
     expired(connection) when its deadline is over, lost(connection) when it is closed.
     """
 
-    __slots__ = ("address", "deadline", "events", "exchange", "input", "is_closed", "is_closing", "lock", "output", "protocol", "request", "socket", "source", "watch", "when_written")
+    __slots__ = ("address", "deadline", "events", "exchange", "input", "is_closed", "is_closing", "lock",
+                 "output", "protocol", "request", "socket", "source", "watch", "when_written")
 
     def __init__(self, client_socket: socket.socket, address: str, watch: Watch, protocol: Any) -> None:
         self.socket = client_socket
@@ -2217,7 +2227,7 @@ class Watch:
         return max(0.0, self._next_sweep - time.monotonic())
 
     def _sweep(self) -> None:
-        """End what has lasted too long.  Looking at all connections, once in a while, costs less than a clock each."""
+        """End what has lasted too long.  A look at all connections, once in a while, costs less than a clock each."""
         now = time.monotonic()
         self._next_sweep = now + min(1.0, self.patience / 4)
         for connection in list(self.connections):
@@ -2255,11 +2265,13 @@ TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20\x7f-\xff]+) HTTP/(\d)\.(\d)")
 FIELD_NAME = re.compile(TOKEN)
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
+CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
 #   RFC 9110, "Range Requests": one range, first-last, first- or -suffix
 BYTE_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 JSONP_CALLBACK = re.compile(r"[A-Za-z_$][A-Za-z0-9_$]*(?:\.[A-Za-z_$][A-Za-z0-9_$]*)*")
 BROWSER_COOKIE = re.compile(r"(?:^|;)[ \t]*BAYEUX_BROWSER=\"?([A-Za-z0-9]{1,64})\"?[ \t]*(?:;|$)")
+CHARSET = re.compile(r"charset=\"?([^\s;\"]*)", re.IGNORECASE)
 UTF8_NAMES = ("", "utf-8", "utf8", "us-ascii")
 JSON_TYPES = ("application/json", "text/json")
 LOOSE_TYPES = ("", "text/plain", "application/x-www-form-urlencoded")   # may hold JSON, or a form
@@ -2296,7 +2308,8 @@ class Request:
         is_secure: whether it came through TLS.
     """
 
-    __slots__ = ("address", "body", "chunks", "headers", "is_secure", "method", "missing", "path", "query", "target", "version")
+    __slots__ = ("address", "body", "chunks", "headers", "is_secure", "method", "missing", "path", "query",
+                 "target", "version")
 
     def __init__(self, method: str, target: str, version: tuple[int, int], headers: dict[str, str]) -> None:
         self.method = method
@@ -2338,14 +2351,20 @@ class Response:
         self.length = length
 
 
+@lru_cache(maxsize=512)
+def header_name(written: str) -> str | None:
+    """In lower case; None if it is none.  (The cache spares five matches a request.)"""
+    return written.lower() if FIELD_NAME.fullmatch(written) else None
+
+
 def parse_head(text: str) -> Request:
     """The request whose line and headers, without the empty line behind them, are given (RFC 9112).
 
     Whatever two readers might read differently is refused: that is how requests are smuggled.
     """
-    if CONTROL_CHARACTER.search(text):
-        raise HTTPFault(400, "A line ends without CR, or there is a control character in the head")
     request_line, *lines = text.split("\r\n")
+    if not "".join(lines).isprintable() and CONTROL_CHARACTER.search(text):
+        raise HTTPFault(400, "A line ends without CR, or there is a control character in the head")
     match = REQUEST_LINE.fullmatch(request_line)
     if match is None:
         raise HTTPFault(400, "Bad request line")
@@ -2354,10 +2373,11 @@ def parse_head(text: str) -> Request:
         raise HTTPFault(505, "HTTP/1.0 and HTTP/1.1 are spoken here")
     headers: dict[str, str] = {}
     for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon or not FIELD_NAME.fullmatch(name):
+        written_name, colon, value = line.partition(":")
+        name = header_name(written_name) if colon else None
+        if name is None:
             raise HTTPFault(400, "Bad header line")
-        name, value = name.lower(), value.strip(" \t")
+        value = value.strip(" \t")
         if name in headers:
             if name in ("content-length", "host", "transfer-encoding"):
                 raise HTTPFault(400, f"Two {name} headers")
@@ -2437,15 +2457,15 @@ class ChunkedBody:
 class HttpExchange(Exchange):
     """A POST or a JSONP GET, and how its answer is dressed."""
 
-    __slots__ = ("_callback", "_connection", "_headers", "_http", "_is_secure", "_new_browser", "_request_is_last", "address", "browser", "is_counted", "is_large", "may_hold", "transport")
+    __slots__ = ("_callback", "_connection", "_cookie", "_headers", "_http", "_is_secure", "_new_browser",
+                 "_request_is_last", "address", "is_counted", "is_large", "may_hold", "transport")
 
     def __init__(self, http_transport: HttpTransport, connection: Connection, request: Request, headers: str,
                  callback: str | None) -> None:
         super().__init__()
         self.transport = CALLBACK_POLLING if callback else LONG_POLLING
         self.address = request.address
-        cookie = BROWSER_COOKIE.search(request.headers.get("cookie", ""))
-        self.browser = cookie[1] if cookie else None
+        self._cookie = request.headers.get("cookie")
         self.may_hold = not connection.input
         self.is_large = len(request.body or request.query) > http_transport.options.max_message_size
         self.is_counted = True                  # among the open requests of its address
@@ -2454,23 +2474,30 @@ class HttpExchange(Exchange):
         self._request_is_last = not request.wants_keep_alive
         self._headers = headers
         self._callback = callback
-        self._new_browser = False
+        self._new_browser: str | None = None
         self._is_secure = request.is_secure
 
-    def name_browser(self) -> str | None:
+    @property
+    def browser(self) -> str | None:
+        match = BROWSER_COOKIE.search(self._cookie) if self._cookie else None
+        return match[1] if match else self._new_browser
+
+    def name_browser(self) -> str:
         """(Bayeux, "Server-side Multiple clients detection")"""
         if self.browser is None:
-            self.browser = secrets.token_hex(16)
-            self._new_browser = True
+            self._new_browser = secrets.token_hex(16)
         return self.browser
 
     def send(self, answer: Answer) -> bool | None:
+        batch = answer.batch()
+        if self._http.logger.isEnabledFor(logging.DEBUG):
+            self._http.logger.debug("to %s: %.1000s", self.address, batch)
         is_last = self._request_is_last or self._http.is_stopping
         headers = self._headers + (CLOSE if is_last else "")
         if self._new_browser:
             headers += "Set-Cookie: BAYEUX_BROWSER={}; Path=/; HttpOnly; SameSite=Lax{}\r\n".format(
                 self.browser, "; Secure" if self._is_secure else "")
-        data = batch_answer(200, answer.batch(), headers, self._callback, self.comment_filtered)
+        data = batch_answer(200, batch, headers, self._callback, self.comment_filtered)
         self._http.end_request(self)
         return self._connection.write(data, is_last=is_last,
                                       when_written=partial(self._http.core.settle_later, answer))
@@ -2511,7 +2538,7 @@ class HttpTransport:
         self.core = core
         self.is_stopping = False
         self._watch = watch
-        self._logger = logger
+        self.logger = logger
         self._proxies = [ipaddress.ip_network(each, strict=False) for each in options.trusted_proxies]
         self._open_requests: collections.Counter[str] = collections.Counter()      # by address
         self._handlers = sorted(options.content_handlers.items(), key=lambda item: -len(item[0]))
@@ -2591,8 +2618,11 @@ class HttpTransport:
             if CONTROL_CHARACTER.search(parts[0] + parts[2]) or not REQUEST_LINE.fullmatch(
                     (parts[0] or parts[2]).split("\r\n")[0]):
                 raise HTTPFault(400, "Not a request of HTTP/1.0 or HTTP/1.1; lines end with CR LF")
-        if connection.deadline == math.inf or not connection.exchange:
-            connection.deadline = min(connection.deadline, time.monotonic() + self.options.request_timeout)
+        self._limit_time(connection)
+
+    def _limit_time(self, connection: Connection) -> None:
+        """From its first bytes on, a request has request_timeout to arrive; later bytes gain it no more."""
+        connection.deadline = min(connection.deadline, time.monotonic() + self.options.request_timeout)
 
     def _expect_body(self, connection: Connection, request: Request) -> None:
         """Find out how long the body is, and refuse one that is too large before it is read."""
@@ -2605,13 +2635,13 @@ class HttpTransport:
                 raise HTTPFault(501, "chunked is the only Transfer-Encoding known here")
             request.chunks = ChunkedBody(limit)
         elif length is not None:
-            if not re.fullmatch(r"[0-9]{1,18}", length):
+            if not CONTENT_LENGTH.fullmatch(length):
                 raise HTTPFault(400, "Bad Content-Length")
             request.missing = int(length)
             if request.missing > limit:
                 raise HTTPFault(413, f"The body is larger than {limit} bytes")
         if request.missing > len(connection.input) or request.chunks:
-            connection.deadline = time.monotonic() + self.options.request_timeout
+            self._limit_time(connection)
             if "expect" in request.headers and request.version >= (1, 1):
                 if request.headers["expect"].lower() != "100-continue":
                     raise HTTPFault(417, "100-continue is the only expectation known here")
@@ -2661,7 +2691,7 @@ class HttpTransport:
             self._refuse(connection, request, HTTPFault(400, str(error).split(":", 2)[2]),
                          is_last=not request.wants_keep_alive)
         except Exception:
-            self._logger.exception("%s %.200r failed", request.method, request.target)
+            self.logger.exception("%s %.200r failed", request.method, request.target)
             self._refuse(connection, request, HTTPFault(500, "The server failed"), is_last=True)
 
     def _is_bayeux(self, request: Request) -> bool:
@@ -2670,13 +2700,14 @@ class HttpTransport:
         return request.path == path or request.path.startswith(path + "/")
 
     def _refuse(self, connection: Connection, request: Request | None, fault: HTTPFault, is_last: bool) -> None:
-        self._logger.info("refused %s from %s: %d %s",
+        self.logger.info("refused %s from %s: %d %s",
                           f"{request.method[:20]} {request.target[:200]!r}" if request else "a request",
                           request.address if request else connection.address, fault.status, fault.text)
         connection.input = b"" if is_last else connection.input
         connection.exchange = request or fault
         if request is None or self._is_bayeux(request):
-            headers = "".join("{}: {}\r\n".format(*item) for item in fault.headers.items()) + (CLOSE if is_last else "")
+            headers = "".join(f"{name}: {value}\r\n" for name, value in fault.headers.items())
+            headers += CLOSE if is_last else ""
             callback = self._callback(request) if request and request.method == "GET" else None
             connection.write(batch_answer(fault.status, fault.batch(), headers, callback), is_last=is_last)
         else:
@@ -2696,7 +2727,7 @@ class HttpTransport:
         if request.method == "GET":
             callback: str | None = self._callback(request)
             if callback is None:
-                raise HTTPFault(400, f"jsonp must be a dotted name of at most {MAX_CALLBACK_LENGTH} letters and digits")
+                raise HTTPFault(400, f"jsonp must be a dotted name of at most {MAX_CALLBACK_LENGTH} characters")
             texts: Iterable[bytes | str] = form_messages(request.query)
         else:
             callback, texts = None, post_messages(request)
@@ -2746,7 +2777,8 @@ class HttpTransport:
         if origin is None or self._is_own_origin(origin, request):
             return ""
         if origin in self.options.allowed_origins:
-            return (f"Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Allow-Credentials: true\r\nVary: Origin\r\n")
+            return (f"Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n"
+                    "Access-Control-Allow-Credentials: true\r\n")
         if "*" in self.options.allowed_origins:
             return "Access-Control-Allow-Origin: *\r\n"
         raise HTTPFault(403, f"Origin {origin} is not allowed here")
@@ -2770,8 +2802,8 @@ class HttpTransport:
     @staticmethod
     def _answer_preflight(connection: Connection, request: Request, cors: str) -> None:
         if cors:
-            cors += ("Access-Control-Allow-Methods: GET, OPTIONS, POST\r\n"
-                     "Access-Control-Allow-Headers: Content-Type, X-Requested-With\r\nAccess-Control-Max-Age: 3600\r\n")
+            cors += ("Access-Control-Allow-Methods: GET, OPTIONS, POST\r\nAccess-Control-Max-Age: 3600\r\n"
+                     "Access-Control-Allow-Headers: Content-Type, X-Requested-With\r\n")
         is_last = not request.wants_keep_alive
         head = "HTTP/1.1 204 No Content\r\nAllow: GET, OPTIONS, POST\r\nDate: {}\r\n{}{}\r\n".format(
             http_date(int(time.time())), cors, CLOSE if is_last else "")
@@ -2787,7 +2819,8 @@ class HttpTransport:
                     return returned
                 if isinstance(returned, (str, bytes)):
                     return Response(returned, headers={"Content-Type": "text/html; charset=utf-8"})
-                raise TypeError(f"the content handler of {prefix} returned {returned!r}: a Response, text or bytes is wanted")
+                raise TypeError(f"the content handler of {prefix} must return a Response, text or bytes, "
+                                f"not {returned!r}")
         if self.options.docroot is None:
             raise HTTPFault(404, f"Nothing here; Bayeux is at {self.options.path}")
         if request.method == "OPTIONS":
@@ -2803,7 +2836,7 @@ class HttpTransport:
                 self._watch.step_aside()
                 self.options.post_handle(request, response)
             except Exception:
-                self._logger.exception("post_handle failed on %.200r", request.target)
+                self.logger.exception("post_handle failed on %.200r", request.target)
                 response = Response("post_handle failed\n", 500, {"Content-Type": "text/plain"})
         if is_last is None:
             is_last = not request.wants_keep_alive or self.is_stopping
@@ -2833,7 +2866,7 @@ def post_messages(request: Request) -> list[bytes | str]:
     """
     main_type, _, parameters = request.headers.get("content-type", "").partition(";")
     main_type = main_type.strip().lower()
-    charset = re.search(r"charset=\"?([^\s;\"]*)", parameters, re.IGNORECASE)
+    charset = CHARSET.search(parameters) if parameters else None
     if charset and charset[1].lower() not in UTF8_NAMES:
         raise HTTPFault(415, "The charset must be UTF-8")
     if main_type in JSON_TYPES or (main_type in LOOSE_TYPES and request.body.lstrip()[:1] in (b"[", b"{")):
@@ -3007,13 +3040,13 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, **keywords: Any) -> None:
         self.options = options = Options.from_keywords(keywords)
-        self.logger = logging.getLogger("bayeux_server")
-        self._log_handler = self._open_log()
+        self.logger = logging.getLogger("bayeux_server." + options.alias)
         self._tls = self._tls_context()
         self._handler_threads = HandlerThreads(options.max_threads, self.logger)
         if ":" in options.host:
             self.address_family = socket.AF_INET6
         super().__init__((options.host, options.port), FileHandler)
+        self._log_handler = self._open_log()
         self.socket.setblocking(False)
         self.watch = Watch(self.socket, self._handle_request_noblock, self._handler_threads, options.request_timeout,
                            self.logger)
@@ -3032,7 +3065,9 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         try:
             handler = logging.FileHandler(self.options.log_file)
         except OSError as error:
-            raise OptionError(f"log_file is {self.options.log_file!r}: it must be a file that can be written ({error.strerror})") from None
+            self.server_close()
+            raise OptionError(f"log_file is {self.options.log_file!r}: it must be a file that can be written "
+                              f"({error.strerror})") from None
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         if self.logger.getEffectiveLevel() > logging.INFO:
             self.logger.setLevel(logging.INFO)
@@ -3046,7 +3081,8 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         try:
             context.load_cert_chain(self.options.tls_cert, self.options.tls_key)
         except OSError as error:                # ssl.SSLError too
-            raise OptionError(f"tls_cert is {self.options.tls_cert!r} and tls_key is {self.options.tls_key!r}: they must be PEM files that belong together ({error})") from None
+            raise OptionError(f"tls_cert is {self.options.tls_cert!r} and tls_key is {self.options.tls_key!r}: "
+                              f"they must be PEM files that belong together ({error})") from None
         return context
 
     @property
@@ -3293,13 +3329,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if not is_bare:
         add_demo(server)
-    is_asked_to_stop = threading.Event()
+    requests_to_stop: queue.SimpleQueue = queue.SimpleQueue()   # an Event's lock could be held by who is interrupted
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: is_asked_to_stop.set())
+        signal.signal(number, lambda number, frame: requests_to_stop.put(number))
     server.start()
     print(start_text(server, is_bare), flush=True)
-    while not is_asked_to_stop.wait(0.5):       # a timeout, or Windows would not see the signal
-        pass
+    while True:
+        try:
+            requests_to_stop.get(timeout=0.5)   # a timeout, or Windows would not see the signal
+            break
+        except queue.Empty:
+            pass
     server.shutdown()
     return 0
 
