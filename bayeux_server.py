@@ -80,7 +80,7 @@ import threading
 import time
 import urllib.parse
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
 from functools import lru_cache, partial
 from http import HTTPStatus
@@ -133,6 +133,7 @@ LINGER = 2.0                            # seconds to let a refused client read w
 ACCEPT_BACKLOG = 1024                   # connections the kernel queues; socketserver's 5 drops some
 RECEIVE_SIZE = 64 * 1024                # bytes read from a socket, or from a file, at a time
 REQUESTS_AT_ONCE = 16                   # of one connection, before others have their turn
+PARTS_AT_ONCE = 16                      # of one large output, likewise
 ANSWERS_AT_ONCE = 32                    # connects answered between two looks at the queues
 
 
@@ -448,7 +449,7 @@ class BayeuxError(ValueError):
     @classmethod
     def from_text(cls, code: int, channel: str, text: str) -> BayeuxError:
         """The refusal in an application's words: a whole ``code:args:text``, or only the text."""
-        parts = re.fullmatch(r"(\d{3}):([^:]*):(.*)", text, re.DOTALL)
+        parts = re.fullmatch(r"([1-9][0-9]{2}):([^:]*):(.*)", text, re.DOTALL)
         return cls(int(parts[1]), parts[2], parts[3]) if parts else cls(code, channel, text)
 
 
@@ -479,9 +480,15 @@ def object_of_unique_keys(pairs: list) -> dict:
 JSON_DECODER = json.JSONDecoder(object_pairs_hook=object_of_unique_keys, parse_constant=refuse_constant,
                                 parse_float=finite_float, parse_int=moderate_int)
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-JSON_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]', re.DOTALL)
+JSON_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]|[\]}]', re.DOTALL)
 
-encode_json = JSON_ENCODER.encode
+
+def encode_json(value: Any) -> str:
+    """The shortest JSON text of value.  TypeError or ValueError if there is none that can be sent as UTF-8."""
+    text = JSON_ENCODER.encode(value)
+    if not text.isascii():
+        text.encode("utf-8")            # a lone surrogate fails here, where its sender is known
+    return text
 
 
 def json_depth(text: str) -> int:
@@ -506,7 +513,7 @@ def decode_json(body: bytes | str) -> Any:
     surrogates (they cannot be sent on as UTF-8), a bound on depth (our recursion, and the application's).
     """
     try:
-        text = body.decode("utf-8") if isinstance(body, (bytes, bytearray)) else body
+        text = (body.encode("utf-8") if isinstance(body, str) else body).decode("utf-8")
         if text.count("[") + text.count("{") > MAX_JSON_DEPTH and json_depth(text) > MAX_JSON_DEPTH:
             raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}")
         value = JSON_DECODER.decode(text)
@@ -535,7 +542,7 @@ def decode_batch(texts: Iterable[bytes | str]) -> list:
 def with_fields(text: str, fields: dict) -> str:
     """The JSON object of text with more fields; an ext is merged into the one that is there."""
     message = json.loads(text)
-    if "ext" in fields and "ext" in message:
+    if "ext" in fields and isinstance(message.get("ext"), dict):
         fields = dict(fields, ext={**message["ext"], **fields["ext"]})
     return encode_json({**message, **fields})
 
@@ -544,6 +551,10 @@ def timestamp_now() -> str:
     """(Bayeux, "timestamp"): YYYY-MM-DDThh:mm:ss.ss in GMT."""
     now = time.time()
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 100):02d}"
+
+
+def is_time_ms(value: Any) -> bool:
+    return is_number(value) and abs(value) < 1e15       # 30,000 years; beyond, sums lose their milliseconds
 
 
 class TimeSync(NamedTuple):
@@ -558,9 +569,9 @@ class TimeSync(NamedTuple):
     def of(cls, message: dict) -> TimeSync | None:
         ext = message.get("ext")
         asked = ext.get("timesync") if isinstance(ext, dict) else None
-        if not isinstance(asked, dict) or not is_number(asked.get("tc")):
+        if not isinstance(asked, dict) or not is_time_ms(asked.get("tc")):
             return None
-        lag, offset = (asked[key] if is_number(asked.get(key)) else 0 for key in ("l", "o"))
+        lag, offset = (asked[key] if is_time_ms(asked.get(key)) else 0 for key in ("l", "o"))
         return cls(asked["tc"], lag, offset, time.time() * 1000)
 
     def reply(self) -> dict:
@@ -664,6 +675,9 @@ class Exchange:
     def name_browser(self) -> str | None:
         """The browser's name, given to it now if it has none (where the transport can)."""
         return self.browser
+
+    def give_up(self) -> None:
+        """No answer can be made; the client must not wait for one."""
 
     def send(self, answer: Answer) -> bool | None:
         """Write the answer, without blocking.  True: written; False: lost; None: settled later."""
@@ -805,7 +819,7 @@ class Mailbox:
                 try:
                     self.handle(item)
                 except Exception:
-                    self.core.logger.exception("a callback failed; %s goes on", type(self.handle).__name__)
+                    self.core.logger.exception("a callback failed")
 
 
 # ======================================================================================
@@ -826,6 +840,10 @@ class Mailbox:
 # ======================================================================================
 
 ANY_VERSION = re.compile(r"\d+(?:\.[A-Za-z0-9][A-Za-z0-9\-_]*)*")
+
+
+def is_version(value: str) -> bool:
+    return len(value) < 50 and ANY_VERSION.fullmatch(value) is not None
 
 
 def version_key(version: str) -> list[tuple]:
@@ -917,20 +935,24 @@ class Bayeux:
             self._answer(exchange, texts, turn.connecting)
 
     def _replies_to(self, message: Any, turn: Turn) -> list[str]:
-        """Handle one message.  The texts of its replies: one; several of some services; none if held."""
-        session: Session | None = None
-        request = message if isinstance(message, dict) else {}
+        """Handle one message.  The texts of its replies: one; several of some services; none if it is held."""
         try:
-            session = self._session_of(request, turn)
+            return self._handle_or_refuse(message, turn)
+        except Exception:                   # ours or an extension's: the neighbours are answered all the same
+            request = message if isinstance(message, dict) else {}
+            self.logger.exception("handling a message on %.100r failed", request.get("channel"))
+            error = BayeuxError(500, self._channel_shown(request), "The server failed")
+            return [encode_json(self._refusal(request, error))]
+
+    def _handle_or_refuse(self, message: Any, turn: Turn) -> list[str]:
+        request = message if isinstance(message, dict) else {}
+        session = self._session_of(request, turn)
+        try:
             request = self._admit(session, message, turn)
             return self._handle(session, request, turn)
         except BayeuxError as error:
             self._log_refusal(request, turn.exchange, error)
             return self._finish(session, request, self._refusal(request, error))
-        except Exception:                   # ours or an extension's: the neighbours are answered all the same
-            self.logger.exception("handling a message on %.100r failed", request.get("channel"))
-            error = BayeuxError(500, self._channel_shown(request), "The server failed")
-            return [encode_json(self._refusal(request, error))]
 
     def _session_of(self, message: dict, turn: Turn) -> Session | None:
         """The session that the message's clientId names, if it names one; its lease begins anew."""
@@ -1112,7 +1134,7 @@ class Bayeux:
             value = message.get(name)
             if value is None and name == "version":
                 raise BayeuxError(400, HANDSHAKE, "version is missing")
-            if value is not None and not (isinstance(value, str) and ANY_VERSION.fullmatch(value)):
+            if value is not None and not (isinstance(value, str) and is_version(value)):
                 raise BayeuxError(400, HANDSHAKE, f"{name} must be a version such as 1.0")
         oldest = message.get("minimumVersion")
         if oldest is not None and version_key(oldest) > version_key(VERSION):
@@ -1230,8 +1252,7 @@ class Bayeux:
         with self.condition:
             recorded = [each for each in dict.fromkeys(patterns) if not each.startswith(SERVICE)]
             for pattern in recorded:
-                if pattern not in session.subscriptions:
-                    raise BayeuxError(404, pattern, "Not subscribed")
+                self.require_subscription(session, pattern)
             for pattern in recorded:
                 self._remove_subscription(session, pattern)
         return self._finish(session, message, self._success(message, subscription=message["subscription"]))
@@ -1249,6 +1270,11 @@ class Bayeux:
             if pattern.startswith(META):
                 raise BayeuxError(403, pattern, "Meta channels cannot be subscribed to")
         return patterns
+
+    @staticmethod
+    def require_subscription(subscriber: Session | LocalClient, pattern: str) -> None:
+        if pattern not in subscriber.subscriptions:
+            raise BayeuxError(404, pattern, "Not subscribed")
 
     def _add_subscription(self, subscriber: Session | LocalClient, pattern: str) -> None:
         assert self.lock.locked()
@@ -1314,12 +1340,9 @@ class Bayeux:
             subscribers = list(self.registry.subscribers(event.channel))
         accepted: list[tuple] = []
         for subscriber in subscribers:
-            if isinstance(subscriber, Session):
-                message = self._through_extensions(subscriber, json.loads(event.text))
-                if message is not None:
-                    accepted.append((subscriber, Event(message)))
-            else:
-                accepted.append((subscriber, event))
+            own_event = self._own_event(subscriber, event) if isinstance(subscriber, Session) else event
+            if own_event is not None:
+                accepted.append((subscriber, own_event))
         with self.condition:
             for subscriber, own_event in accepted:
                 if not subscriber.ended:
@@ -1327,6 +1350,14 @@ class Bayeux:
             self._end_overfull()
             if notice is not None:
                 self._tell("publish", **notice)
+
+    def _own_event(self, session: Session, event: Event) -> Event | None:
+        message = self._through_extensions(session, json.loads(event.text))
+        try:
+            return Event(message) if message is not None else None
+        except (KeyError, TypeError, ValueError):
+            self.logger.exception("an extension made of an event what cannot be sent; it is dropped")
+            return None
 
     def _end_overfull(self) -> None:
         """A client that does not fetch its events must not fill our memory."""
@@ -1482,6 +1513,15 @@ class Bayeux:
         self.make_ready(session)
         self._schedule(session)
 
+    def send(self, answer: Answer) -> bool | None:
+        """Through its exchange, without the lock.  One that fails is not tried again: it would fail for ever."""
+        try:
+            return answer.exchange.send(answer)
+        except Exception:
+            self.logger.exception("an answer could not be made")
+            answer.exchange.give_up()
+            return True
+
     def settle_later(self, answer: Answer, is_written: bool) -> None:
         """settle, for who does not hold the lock."""
         with self.condition:
@@ -1494,7 +1534,7 @@ class Bayeux:
         if session is not None:
             with self.condition:
                 self._take_events(session, answer)
-        is_written = exchange.send(answer)
+        is_written = self.send(answer)
         if is_written is not None and session is not None:
             self.settle_later(answer, is_written)
 
@@ -1504,7 +1544,7 @@ class Bayeux:
             if exchange.hold is None:
                 return
             answer = self._take_hold(exchange.hold)
-        is_written = exchange.send(answer)
+        is_written = self.send(answer)
         if is_written is not None:
             self.settle_later(answer, is_written)
 
@@ -1569,11 +1609,12 @@ class Bayeux:
     def add_listener(self, listener: Callable[[str, dict], None]) -> None:
         self._listeners.append(listener)
 
-    def _tell(self, event: str, **details: Any) -> None:
-        """Let the listeners know, in order, on a thread of their own.  What is None is left out."""
+    def _tell(self, event: str, /, **details: Any) -> None:
+        """Let the listeners know, in order, on a thread of their own.  What is None is left out, but for data."""
         assert self.lock.locked()
         if self._listeners or event == "client_disconnect":
-            self._notices.put((event, {key: value for key, value in details.items() if value is not None}))
+            self._notices.put((event, {key: value for key, value in details.items()
+                                       if value is not None or key == "data"}))
 
     def _tell_listeners(self, notice: tuple[str, dict]) -> None:
         event, details = notice
@@ -1606,8 +1647,7 @@ class Bayeux:
     def unsubscribe(self, channel: str, client_id: str) -> None:
         with self.condition:
             subscriber = self.subscriber(client_id)
-            if channel not in subscriber.subscriptions:
-                raise BayeuxError(404, channel, "Not subscribed")
+            self.require_subscription(subscriber, channel)
             self._remove_subscription(subscriber, channel)
         self.wake()
 
@@ -1718,7 +1758,7 @@ class LocalClient:
         """
         self._core.require_broadcast(channel, is_channel_pattern(channel))
         with self._core.condition:
-            self._core.subscriber(self.id)
+            self._require_open()
             self._callbacks.pop(channel, None)
             if callback is not None:
                 self._callbacks[channel] = callback
@@ -1726,9 +1766,17 @@ class LocalClient:
         self._core.wake()
 
     def unsubscribe(self, channel: str) -> None:
-        """End the subscription.  Raises BayeuxError 404 if there is none."""
-        self._core.unsubscribe(channel, self.id)
-        self._callbacks.pop(channel, None)
+        """End the subscription.  Raises BayeuxError: there is none (404), or closed (402)."""
+        with self._core.condition:
+            self._require_open()
+            self._core.require_subscription(self, channel)
+            self._callbacks.pop(channel, None)
+            self._core._remove_subscription(self, channel)
+        self._core.wake()
+
+    def _require_open(self) -> None:
+        if self.ended:
+            raise BayeuxError(402, self.id, "The local client is closed")
 
     def publish(self, channel: str, data: Any, id: Any = None, ext: dict | None = None) -> None:
         """Send data (whatever JSON can hold) to all subscribers of the channel, this client included.
@@ -1819,7 +1867,7 @@ class LongPollWait(threading.Thread):
                 core.wake()
             sent = []
             for answer in answers:
-                is_written = answer.exchange.send(answer)
+                is_written = core.send(answer)
                 if is_written is not None:
                     sent.append((answer, is_written))
 
@@ -1918,7 +1966,7 @@ class Connection:
         self.request: Request | None = None              # being read
         self.exchange: Any | None = None                 # being answered
         self.output = b""
-        self.source: Iterator[bytes] | None = None       # of more output
+        self.source: FileSource | None = None       # of more output
         self.when_written: Callable[[bool], None] | None = None
         self.is_closing = False
         self.is_closed = False
@@ -1934,12 +1982,12 @@ class Connection:
         except OSError:
             return b""
 
-    def write(self, data: bytes, source: Iterator[bytes] | None = None, is_last: bool = False,
+    def write(self, data: bytes, source: FileSource | None = None, is_last: bool = False,
               when_written: Callable[[bool], None] | None = None) -> bool | None:
         """Answer the exchange, without blocking.
 
         Arguments:
-            data, source: what to send: bytes, then whatever the iterator gives.
+            data, source: what to send: bytes, then those of a file.
             is_last: the connection ends with it.
             when_written: called later, with whether all was written, if that is not known now.
 
@@ -1952,7 +2000,7 @@ class Connection:
             if is_last:
                 self.is_closing = True
             try:
-                sent = self.socket.send(data)
+                sent = self.send(data)
             except WOULD_BLOCK:
                 sent = 0
             except OSError:
@@ -1980,30 +2028,42 @@ class Connection:
                     pass
 
     def flush(self) -> None:
-        """Write more of what waits, as there is room now.  The leader's."""
+        """Write more of what waits, as there is room now; not without end, or others would wait.  The leader's."""
         when_written = None
         with self.lock:
             try:
-                while self.output or self.source is not None:
-                    if not self.output:
-                        self.output = next(self.source, b"")
-                        if not self.output:
-                            self.source = None
-                            break
-                    sent = self.socket.send(self.output)
-                    self.output = self.output[sent:]
-                    self.deadline = time.monotonic() + self.watch.patience
-                    if self.output:
-                        return
-                when_written, self.when_written = self.when_written, None
-                self._finish_exchange()
+                is_written = any(self._write_part() for _ in range(PARTS_AT_ONCE))
             except WOULD_BLOCK:
                 return
-            except (OSError, ValueError):       # ValueError: a file that was closed, or has shrunk
+            except (OSError, ValueError):       # ValueError: a file that has shrunk
+                self._drop_output()
                 self._shut(socket.SHUT_RDWR)
+                is_written = False
+            if is_written:
+                when_written, self.when_written = self.when_written, None
+                self._finish_exchange()
         if when_written is not None:
             when_written(True)
         self.watch.resume(self)
+
+    def _write_part(self) -> bool:
+        """Some of the output; whether all of it is written now."""
+        if not self.output and self.source is not None:
+            self.output = next(self.source, b"")
+            if not self.output:
+                self._drop_output()
+        if self.output:
+            self.output = self.output[self.send(self.output):]
+            self.deadline = time.monotonic() + self.watch.patience
+        return not self.output and self.source is None
+
+    def _drop_output(self) -> None:
+        if self.source is not None:
+            self.source.close()
+        self.output, self.source = b"", None
+
+    def send(self, data: bytes) -> int:
+        return self.socket.send(data)
 
     def _finish_exchange(self) -> None:
         """The answer is written: the connection is free for the next request, or closing."""
@@ -2033,9 +2093,7 @@ class Connection:
             self.is_closed = True
             self.socket.close()
             when_written, self.when_written = self.when_written, None
-            if self.source is not None and hasattr(self.source, "close"):
-                self.source.close()
-            self.output, self.source = b"", None
+            self._drop_output()
         if when_written is not None:
             when_written(False)
         self.protocol.lost(self)
@@ -2052,6 +2110,9 @@ class TLSConnection(Connection):
             while data and self.socket.pending():
                 data += super().receive() or b""
             return data
+
+    def send(self, data: bytes) -> int:
+        return self.socket.send(data[:RECEIVE_SIZE])    # all or nothing: so not all at once, or a slow peer gets none
 
 
 class Watch:
@@ -2081,6 +2142,7 @@ class Watch:
         self._current: Connection | None = None
         self._is_accepting = False
         self._wants_accepting = True
+        self._accepts_from = 0.0                # a time, after file descriptors have run out
         self._next_sweep = time.monotonic()
         self._is_over = False
         self.has_ended = threading.Event()
@@ -2187,7 +2249,7 @@ class Watch:
             connection.protocol.consume(connection)
 
     def _look_at_deadline(self, connection: Connection) -> None:
-        if connection.is_closing or connection.output:
+        if connection.is_closing or connection.output or connection.source is not None:
             self.close(connection)
         else:
             connection.protocol.expired(connection)
@@ -2209,19 +2271,18 @@ class Watch:
         connection.close()
 
     def _look_after_listener(self) -> None:
-        if self._wants_accepting != self._is_accepting:
-            self._is_accepting = self._wants_accepting
-            if self._is_accepting:
-                self._selector.register(self._listener, selectors.EVENT_READ, None)
-            else:
-                self._selector.unregister(self._listener)
-                self._listener.close()
+        is_due = self._wants_accepting and time.monotonic() >= self._accepts_from
+        if is_due and not self._is_accepting:
+            self._selector.register(self._listener, selectors.EVENT_READ, None)
+        elif self._is_accepting and not is_due:
+            self._selector.unregister(self._listener)
+        self._is_accepting = is_due
+        if not self._wants_accepting:
+            self._listener.close()
 
     def pause_accepting(self) -> None:
-        """There are no more file descriptors: try again at the next sweep.  The leader's."""
-        if self._is_accepting:
-            self._selector.unregister(self._listener)
-            self._is_accepting = False
+        """There are no more file descriptors: try again in a second."""
+        self._accepts_from = time.monotonic() + 1.0
 
     def _seconds_to_sweep(self) -> float:
         return max(0.0, self._next_sweep - time.monotonic())
@@ -2262,13 +2323,13 @@ class Watch:
 # ======================================================================================
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20\x7f-\xff]+) HTTP/(\d)\.(\d)")
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20#\x7f-\xff]+) HTTP/(\d)\.(\d)")
 FIELD_NAME = re.compile(TOKEN)
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
 #   RFC 9110, "Range Requests": one range, first-last, first- or -suffix
-BYTE_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+BYTE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 JSONP_CALLBACK = re.compile(r"[A-Za-z_$][A-Za-z0-9_$]*(?:\.[A-Za-z_$][A-Za-z0-9_$]*)*")
 BROWSER_COOKIE = re.compile(r"(?:^|;)[ \t]*BAYEUX_BROWSER=\"?([A-Za-z0-9]{1,64})\"?[ \t]*(?:;|$)")
 CHARSET = re.compile(r"charset=\"?([^\s;\"]*)", re.IGNORECASE)
@@ -2308,7 +2369,7 @@ class Request:
         is_secure: whether it came through TLS.
     """
 
-    __slots__ = ("address", "body", "chunks", "headers", "is_secure", "method", "missing", "path", "query",
+    __slots__ = ("address", "body", "chunks", "cors", "headers", "is_secure", "method", "missing", "path", "query",
                  "target", "version")
 
     def __init__(self, method: str, target: str, version: tuple[int, int], headers: dict[str, str]) -> None:
@@ -2321,6 +2382,7 @@ class Request:
         self.body: bytes | bytearray = b""
         self.address = ""
         self.is_secure = False
+        self.cors = ""                                  # headers for an allowed foreign origin
         self.missing = 0                                # bytes of the body that are still to come
         self.chunks: ChunkedBody | None = None       # or this tells
 
@@ -2385,9 +2447,12 @@ def parse_head(text: str) -> Request:
         headers[name] = value
     if version >= (1, 1) and "host" not in headers:
         raise HTTPFault(400, "Host is missing")
-    if not match[2].startswith("/") and match[2] != "*":
+    target = match[2]
+    if target.startswith(("http://", "https://")):      # the absolute form, which a server MUST accept
+        target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
+    if not target.startswith("/") and target != "*":
         raise HTTPFault(400, "The target must be a path")
-    return Request(match[1], match[2], version, headers)
+    return Request(match[1], target, version, headers)
 
 
 class ChunkedBody:
@@ -2458,9 +2523,9 @@ class HttpExchange(Exchange):
     """A POST or a JSONP GET, and how its answer is dressed."""
 
     __slots__ = ("_callback", "_connection", "_cookie", "_headers", "_http", "_is_secure", "_new_browser",
-                 "_request_is_last", "address", "is_counted", "is_large", "may_hold", "transport")
+                 "_request_is_last", "_version", "address", "is_counted", "is_large", "may_hold", "transport")
 
-    def __init__(self, http_transport: HttpTransport, connection: Connection, request: Request, headers: str,
+    def __init__(self, http_transport: HttpTransport, connection: Connection, request: Request,
                  callback: str | None) -> None:
         super().__init__()
         self.transport = CALLBACK_POLLING if callback else LONG_POLLING
@@ -2472,7 +2537,8 @@ class HttpExchange(Exchange):
         self._http = http_transport
         self._connection = connection
         self._request_is_last = not request.wants_keep_alive
-        self._headers = headers
+        self._headers = request.cors
+        self._version = request.version
         self._callback = callback
         self._new_browser: str | None = None
         self._is_secure = request.is_secure
@@ -2488,12 +2554,15 @@ class HttpExchange(Exchange):
             self._new_browser = secrets.token_hex(16)
         return self.browser
 
+    def give_up(self) -> None:
+        self._connection.abort()
+
     def send(self, answer: Answer) -> bool | None:
         batch = answer.batch()
         if self._http.logger.isEnabledFor(logging.DEBUG):
             self._http.logger.debug("to %s: %.1000s", self.address, batch)
         is_last = self._request_is_last or self._http.is_stopping
-        headers = self._headers + (CLOSE if is_last else "")
+        headers = self._headers + connection_header(self._version, is_last)
         if self._new_browser:
             headers += "Set-Cookie: BAYEUX_BROWSER={}; Path=/; HttpOnly; SameSite=Lax{}\r\n".format(
                 self.browser, "; Secure" if self._is_secure else "")
@@ -2503,7 +2572,11 @@ class HttpExchange(Exchange):
                                       when_written=partial(self._http.core.settle_later, answer))
 
 
-KEEP, CLOSE = "Connection: keep-alive\r\n", "Connection: close\r\n"
+def connection_header(version: tuple[int, int], is_last: bool) -> str:
+    """Whether the connection stays open, where the version alone does not say so."""
+    if is_last:
+        return "Connection: close\r\n"
+    return "" if version >= (1, 1) else "Connection: keep-alive\r\n"
 
 
 @lru_cache(maxsize=2)
@@ -2512,7 +2585,7 @@ def http_date(now: int) -> str:
 
 
 def batch_answer(status: int, batch: str, headers: str = "", callback: str | None = None,
-                 comment_filtered: bool = False) -> bytes:
+                 comment_filtered: bool = False, has_body: bool = True) -> bytes:
     """A whole HTTP response that carries the batch, as JSON, as a script or as a comment."""
     content_type = "application/json"
     if callback is not None:
@@ -2527,7 +2600,7 @@ def batch_answer(status: int, batch: str, headers: str = "", callback: str | Non
     head = (f"HTTP/1.1 {status} {REASONS[status]}\r\nContent-Type: {content_type}; charset=utf-8\r\n"
             f"Content-Length: {len(body)}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
             f"Date: {http_date(int(time.time()))}\r\n{headers}\r\n")
-    return head.encode("latin-1") + body
+    return head.encode("latin-1") + (body if has_body else b"")
 
 
 class HttpTransport:
@@ -2555,21 +2628,28 @@ class HttpTransport:
             try:
                 request = self._next_request(connection)
             except HTTPFault as fault:
-                return self._refuse(connection, connection.request, fault, is_last=True)
+                self._refuse(connection, connection.request, fault, is_last=True)
+                return self._give_back(connection)
             if request is None:
                 return
             connection.deadline = math.inf      # from here the time is ours, not the client's
             self._respond(connection, request)
             if not self._watch.is_led_here():
-                return self._watch.resume(connection)
+                return self._give_back(connection)
             if not connection.input or connection.is_closing or connection.output:
                 return
         self._watch.resume(connection)
+
+    def _give_back(self, connection: Connection) -> None:
+        """Where this thread has stepped aside, the connection is not watched until its leader gets it back."""
+        if not self._watch.is_led_here():
+            self._watch.resume(connection)
 
     def expired(self, connection: Connection) -> None:
         if connection.input or connection.request is not None:
             self._refuse(connection, connection.request, HTTPFault(
                 408, f"The request did not arrive within {self.options.request_timeout:g} s"), is_last=True)
+            self._give_back(connection)
         else:
             self._watch.close(connection)
 
@@ -2707,9 +2787,14 @@ class HttpTransport:
         connection.exchange = request or fault
         if request is None or self._is_bayeux(request):
             headers = "".join(f"{name}: {value}\r\n" for name, value in fault.headers.items())
-            headers += CLOSE if is_last else ""
-            callback = self._callback(request) if request and request.method == "GET" else None
-            connection.write(batch_answer(fault.status, fault.batch(), headers, callback), is_last=is_last)
+            callback, has_body, version = None, True, (1, 1)
+            if request is not None:
+                headers += request.cors
+                callback = self._callback(request) if request.method == "GET" else None
+                has_body, version = request.method != "HEAD", request.version
+            headers += connection_header(version, is_last)
+            connection.write(batch_answer(fault.status, fault.batch(), headers, callback, has_body=has_body),
+                             is_last=is_last)
         else:
             self._send_plain(connection, request, Response(fault.text + "\n", fault.status, {
                 "Content-Type": "text/plain; charset=utf-8", **fault.headers}), is_last)
@@ -2717,9 +2802,9 @@ class HttpTransport:
     # -- Bayeux ----------------------------------------------------------------------------
 
     def _receive_batch(self, connection: Connection, request: Request) -> None:
-        cors = self._cross_origin_headers(request)
+        request.cors = self._cross_origin_headers(request)
         if request.method == "OPTIONS":
-            return self._answer_preflight(connection, request, cors)
+            return self._answer_preflight(connection, request)
         if request.method not in ("POST", "GET"):
             raise HTTPFault(405, "Bayeux comes by POST, or by GET as JSONP", Allow="GET, OPTIONS, POST")
         if self.is_stopping:
@@ -2732,9 +2817,7 @@ class HttpTransport:
         else:
             callback, texts = None, post_messages(request)
         messages = decode_batch(texts)
-        if request.version < (1, 1) and request.wants_keep_alive:
-            cors += KEEP
-        exchange = HttpExchange(self, connection, request, cors, callback)
+        exchange = HttpExchange(self, connection, request, callback)
         self._begin_request(exchange)
         connection.exchange = exchange
         self.core.receive(messages, exchange)
@@ -2785,28 +2868,29 @@ class HttpTransport:
 
     @staticmethod
     def _origin_of_script(request: Request) -> str | None:
-        referer = urllib.parse.urlsplit(request.headers.get("referer", ""))
-        if referer.netloc:
-            return f"{referer.scheme}://{referer.netloc}"
+        referer = re.match(r"https?://[^/]+", request.headers.get("referer", ""), re.IGNORECASE)
+        if referer:
+            return referer[0]
         return "unknown" if request.headers.get("sec-fetch-site") in ("cross-site", "same-site") else None
 
     @staticmethod
     def _is_own_origin(origin: str, request: Request) -> bool:
         """Whether it is the host that was asked.  The scheme is not compared: a proxy may have taken TLS off."""
-        parts = urllib.parse.urlsplit(origin)
-        default_port = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
+        scheme, _, origin_host = origin.lower().partition("://")
+        default_port = {"http": ":80", "https": ":443"}.get(scheme, "")
         hosts = [host[:-len(default_port)] if default_port and host.endswith(default_port) else host
-                 for host in (parts.netloc.lower(), request.headers.get("host", "").lower())]
-        return bool(hosts[0]) and hosts[0] == hosts[1]
+                 for host in (origin_host, request.headers.get("host", "").lower())]
+        return hosts[0] != "" and hosts[0] == hosts[1]
 
     @staticmethod
-    def _answer_preflight(connection: Connection, request: Request, cors: str) -> None:
-        if cors:
-            cors += ("Access-Control-Allow-Methods: GET, OPTIONS, POST\r\nAccess-Control-Max-Age: 3600\r\n"
-                     "Access-Control-Allow-Headers: Content-Type, X-Requested-With\r\n")
+    def _answer_preflight(connection: Connection, request: Request) -> None:
+        headers = request.cors
+        if headers:
+            headers += ("Access-Control-Allow-Methods: GET, OPTIONS, POST\r\nAccess-Control-Max-Age: 3600\r\n"
+                        "Access-Control-Allow-Headers: Content-Type, X-Requested-With\r\n")
         is_last = not request.wants_keep_alive
-        head = "HTTP/1.1 204 No Content\r\nAllow: GET, OPTIONS, POST\r\nDate: {}\r\n{}{}\r\n".format(
-            http_date(int(time.time())), cors, CLOSE if is_last else "")
+        head = (f"HTTP/1.1 204 No Content\r\nAllow: GET, OPTIONS, POST\r\nDate: {http_date(int(time.time()))}\r\n"
+                f"{headers}{connection_header(request.version, is_last)}\r\n")
         connection.write(head.encode("latin-1"), is_last=is_last)
 
     # -- Plain HTTP ------------------------------------------------------------------------
@@ -2840,7 +2924,9 @@ class HttpTransport:
                 response = Response("post_handle failed\n", 500, {"Content-Type": "text/plain"})
         if is_last is None:
             is_last = not request.wants_keep_alive or self.is_stopping
-        body = response.body.encode("utf-8") if isinstance(response.body, str) else response.body
+        body = response.body.encode("utf-8") if isinstance(response.body, str) else response.body or b""
+        if not isinstance(body, bytes) and not hasattr(body, "read"):
+            raise TypeError(f"a response's body must be text, bytes or a binary file, not {body!r}")
         length = len(body) if isinstance(body, bytes) else response.length
         headers = {name: value for name, value in response.headers.items()
                    if name.lower() not in ("content-length", "connection", "date")}
@@ -2849,13 +2935,15 @@ class HttpTransport:
         if response.status not in (204, 304):
             lines.append(f"Content-Length: {length}")
         lines += ["{}: {}".format(name, re.sub(r"[\r\n\0]", " ", str(value))) for name, value in headers.items()]
-        lines += [(CLOSE if is_last else KEEP).strip()] if is_last or request.version < (1, 1) else []
-        head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+        lines.append(connection_header(request.version, is_last))
+        head = ("\r\n".join(lines) + ("\r\n\r\n" if not lines[-1] else "\r\n")).encode("latin-1", "replace")
         has_body = request.method != "HEAD" and response.status not in (204, 304)
         source = None
         if not isinstance(body, bytes):
             source, body = FileSource(body, length if has_body else 0), b""
-        connection.write(head + (body if has_body else b""), source, is_last)
+        is_written = connection.write(head + (body if has_body else b""), source, is_last)
+        if is_written is False and source is not None:
+            source.close()
 
 
 def post_messages(request: Request) -> list[bytes | str]:
@@ -2942,8 +3030,11 @@ class FileHandler(http.server.SimpleHTTPRequestHandler):
 
     def respond(self) -> Response:
         """The file, or HTTPFault."""
-        self._check_path()
-        file = self.send_head()
+        try:
+            self._check_path()
+            file = self.send_head()
+        except (ValueError, OSError):           # a name that no file can have
+            raise HTTPFault(404, "No such file") from None
         response = self._response
         mime_type = self.guess_type(self.translate_path(self.path))
         if response.status in (200, 304):
@@ -2985,11 +3076,13 @@ class FileHandler(http.server.SimpleHTTPRequestHandler):
         response.headers["Accept-Ranges"] = "bytes"
         match = BYTE_RANGE.fullmatch(self._request.headers.get("range", ""))
         condition = self._request.headers.get("if-range")
-        if match is None or not (match[1] or match[2]) or condition not in (None, response.headers["Last-Modified"]):
+        if match is None or self.command == "HEAD" or condition not in (None, response.headers["Last-Modified"]):
             return
-        size = response.length
-        first = int(match[1]) if match[1] else max(0, size - int(match[2]))
-        last = min(int(match[2]), size - 1) if match[1] and match[2] else size - 1
+        size, (start, end) = response.length, match.groups()
+        if not (start or end) or (start and end and int(start) > int(end)):
+            return
+        first = int(start) if start else max(0, size - int(end))
+        last = min(int(end), size - 1) if start and end else size - 1
         if first > last:
             response.body.close()
             raise HTTPFault(416, "The range lies outside of the file", Content_Range=f"bytes */{size}")
@@ -3008,6 +3101,9 @@ class FileHandler(http.server.SimpleHTTPRequestHandler):
 
     def end_headers(self) -> None:
         pass
+
+    def list_directory(self, path: Any) -> None:
+        raise HTTPFault(404, "No such file")
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         raise HTTPFault(int(code), message or REASONS[int(code)])
