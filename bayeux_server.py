@@ -13,7 +13,7 @@ request open, and the server answers it when there is something to say (*long-po
     with BayeuxServer(port=8080, docroot='.') as server:
         bot = LocalClient(server, 'bot')
         bot.subscribe('/chat/*', lambda message: print(message['data']))
-        bot.publish('/chat/demo', {'user': 'bot', 'text': 'Hello'})
+        bot.publish('/chat/demo', {'user': 'bot', 'chat': 'Hello'})
         input('Enter stops the server.')
 
 The way of one event, from the publisher's request to the subscriber's held one:
@@ -148,6 +148,7 @@ class Kind(NamedTuple):
     accepts: Callable[[Any], bool]
     read: Callable[[str], Any] | None = None
     many: bool = False
+    shown: str = "TEXT"                 # in --help
 
 
 def is_number(value: Any) -> bool:
@@ -156,12 +157,13 @@ def is_number(value: Any) -> bool:
 
 def whole(low: int, high: float = math.inf) -> Kind:
     words = f"a whole number from {low} to {high}" if high < math.inf else f"a whole number, {low} or more"
-    return Kind(words, lambda value: is_number(value) and isinstance(value, int) and low <= value <= high, int)
+    return Kind(words, lambda value: is_number(value) and isinstance(value, int) and low <= value <= high,
+                int, shown="NUMBER")
 
 
 def seconds(low: float = 0.0) -> Kind:
     words = "a number of seconds, %s" % (f"{low:g} or more" if low else "0 or more")
-    return Kind(words, lambda value: is_number(value) and value >= low, float)
+    return Kind(words, lambda value: is_number(value) and value >= low, float, shown="SECONDS")
 
 
 def names(words: str, accepts: Callable[[str], bool] = bool) -> Kind:
@@ -232,7 +234,7 @@ class Options:
     path: str = field(default="/cometd", metadata=about(URL_PATH, "where Bayeux is spoken, with every path below it"))
     alias: str = field(default="bayeux", metadata=about(
         TEXT, "name by which LocalClient finds the server in this process"))
-    docroot: str | None = field(default=None, metadata=about(FOLDER, "folder of static files"))
+    docroot: str | None = field(default=None, metadata=about(FOLDER, "folder of static files (on the command line: .)"))
     directory_index: Iterable[str] = field(default=("index.html",), metadata=about(
         FILE_NAMES, "file shown for a folder, in order of preference", "--directory-index"))
     type_expires: Mapping[str, int] = field(default_factory=dict, metadata=about(
@@ -1421,12 +1423,15 @@ class Bayeux:
         self.sessions.pop(session.id, None)
         for pattern in session.subscriptions:
             self.registry.discard(pattern, session)
-        session.subscriptions, session.queue = set(), []
+        session.subscriptions = set()
         self._departed[session.id] = reason
         if len(self._departed) > REMEMBERED_SESSIONS:
             self._departed.popitem(last=False)
         if session.hold is not None:
             self._release(session.hold, self._farewell(session, reason))
+            if reason == ENDED_SHUTDOWN and not session.in_flight:
+                self.released[-1].events = session.queue        # the last reply leaves anyway: it takes what there is
+        session.queue = []
         self._tell("client_disconnect", client_id=session.id, reason=reason)
 
     def _farewell(self, session: Session, reason: str) -> dict:
@@ -1953,7 +1958,7 @@ class Connection:
     expired(connection) when its deadline is over, lost(connection) when it is closed.
     """
 
-    __slots__ = ("address", "deadline", "events", "exchange", "input", "is_closed", "is_closing", "lock",
+    __slots__ = ("address", "deadline", "events", "exchange", "input", "is_arriving", "is_closed", "is_closing", "lock",
                  "output", "protocol", "request", "socket", "source", "watch", "when_written")
 
     def __init__(self, client_socket: socket.socket, address: str, watch: Watch, protocol: Any) -> None:
@@ -1968,6 +1973,7 @@ class Connection:
         self.output = b""
         self.source: FileSource | None = None       # of more output
         self.when_written: Callable[[bool], None] | None = None
+        self.is_arriving = False                            # a request has begun to come
         self.is_closing = False
         self.is_closed = False
         self.deadline = time.monotonic() + watch.patience
@@ -2218,7 +2224,7 @@ class Watch:
                 self._sweep()
                 if self._leader != me:
                     return
-        self._close_all()
+        self.close_all()
 
     def _attend(self, connection: Connection, look: Callable[..., None], *arguments: Any) -> None:
         """Look at a connection; what goes wrong ends that one only."""
@@ -2295,7 +2301,7 @@ class Watch:
             if connection.deadline <= now and self.is_led_here():
                 self._attend(connection, self._look_at_deadline)
 
-    def _close_all(self) -> None:
+    def close_all(self) -> None:
         for connection in list(self.connections):
             self.close(connection)
         if self._wants_accepting:
@@ -2702,7 +2708,9 @@ class HttpTransport:
 
     def _limit_time(self, connection: Connection) -> None:
         """From its first bytes on, a request has request_timeout to arrive; later bytes gain it no more."""
-        connection.deadline = min(connection.deadline, time.monotonic() + self.options.request_timeout)
+        if not connection.is_arriving:
+            connection.is_arriving = True
+            connection.deadline = time.monotonic() + self.options.request_timeout
 
     def _expect_body(self, connection: Connection, request: Request) -> None:
         """Find out how long the body is, and refuse one that is too large before it is read."""
@@ -2758,6 +2766,7 @@ class HttpTransport:
     # -- Answering it ----------------------------------------------------------------------
 
     def _respond(self, connection: Connection, request: Request) -> None:
+        connection.is_arriving = False
         connection.exchange = request           # busy; a Bayeux request puts its own exchange here
         try:
             if self._is_bayeux(request):
@@ -2936,7 +2945,7 @@ class HttpTransport:
             lines.append(f"Content-Length: {length}")
         lines += ["{}: {}".format(name, re.sub(r"[\r\n\0]", " ", str(value))) for name, value in headers.items()]
         lines.append(connection_header(request.version, is_last))
-        head = ("\r\n".join(lines) + ("\r\n\r\n" if not lines[-1] else "\r\n")).encode("latin-1", "replace")
+        head = ("\r\n".join(lines) + "\r\n").encode("latin-1", "replace")
         has_body = request.method != "HEAD" and response.status not in (204, 304)
         source = None
         if not isinstance(body, bytes):
@@ -3236,6 +3245,8 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
             self._wait.stop()
             self.watch.stop()
             self.watch.has_ended.wait(max(0.1, deadline - time.monotonic()))
+        else:
+            self.watch.close_all()
         self._handler_threads.stop()
         self.server_close()
         if self._log_handler is not None:
@@ -3373,7 +3384,7 @@ def add_flag(parser: argparse.ArgumentParser, row: dataclasses.Field) -> None:
     flag = row.metadata["flag"] or "--" + row.name.replace("_", "-")
     if kind is SWITCH:
         if row.default:
-            flag, help_text = "--no-" + flag[2:], "not: " + help_text
+            flag, help_text = "--no-" + flag[2:], "switch off: " + help_text
         parser.add_argument(flag, dest=row.name, action="store_false" if row.default else "store_true",
                             default=argparse.SUPPRESS, help=help_text)
     elif kind.read is not None:
@@ -3381,7 +3392,7 @@ def add_flag(parser: argparse.ArgumentParser, row: dataclasses.Field) -> None:
         default = f" ({', '.join(row.default) if kind.many else row.default})" if has_default else ""
         parser.add_argument(flag, dest=row.name, action="append" if kind.many else "store",
                             type=partial(read_flag, kind), default=argparse.SUPPRESS, help=help_text + default,
-                            metavar=flag.strip("-").upper().replace("-", "_"))
+                            metavar=kind.shown)
 
 
 def read_flag(kind: Kind, text: str) -> Any:
