@@ -234,7 +234,8 @@ class Options:
     path: str = field(default="/cometd", metadata=about(URL_PATH, "where Bayeux is spoken, with every path below it"))
     alias: str = field(default="bayeux", metadata=about(
         TEXT, "name by which LocalClient finds the server in this process"))
-    docroot: str | None = field(default=None, metadata=about(FOLDER, "folder of static files (on the command line: .)"))
+    docroot: str | None = field(default=None, metadata=about(
+        FOLDER, "folder of static files (on the command line: .)"))
     directory_index: Iterable[str] = field(default=("index.html",), metadata=about(
         FILE_NAMES, "file shown for a folder, in order of preference", "--directory-index"))
     type_expires: Mapping[str, int] = field(default_factory=dict, metadata=about(
@@ -1958,8 +1959,8 @@ class Connection:
     expired(connection) when its deadline is over, lost(connection) when it is closed.
     """
 
-    __slots__ = ("address", "deadline", "events", "exchange", "input", "is_arriving", "is_closed", "is_closing", "lock",
-                 "output", "protocol", "request", "socket", "source", "watch", "when_written")
+    __slots__ = ("address", "deadline", "events", "exchange", "input", "is_arriving", "is_closed", "is_closing",
+                 "lock", "output", "protocol", "request", "socket", "source", "watch", "when_written")
 
     def __init__(self, client_socket: socket.socket, address: str, watch: Watch, protocol: Any) -> None:
         self.socket = client_socket
