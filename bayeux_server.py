@@ -1514,8 +1514,7 @@ class Bayeux:
             session.in_flight = False
             if not is_written:
                 session.queue[:0] = answer.events
-        if is_written:
-            session.lease = self.clock() + self.options.connect_timeout
+        session.lease = self.clock() + self.options.connect_timeout     # written or lost: now it is the client's turn
         self.make_ready(session)
         self._schedule(session)
 
@@ -2419,6 +2418,11 @@ class Response:
         self.body = body
         self.length = length
 
+    def check(self) -> None:
+        """Raises TypeError for a body that cannot be sent."""
+        if not isinstance(self.body, (str, bytes, type(None))) and not hasattr(self.body, "read"):
+            raise TypeError(f"a response's body must be text, bytes or a binary file, not {self.body!r}")
+
 
 @lru_cache(maxsize=512)
 def header_name(written: str) -> str | None:
@@ -2910,6 +2914,7 @@ class HttpTransport:
             if request.path == prefix or request.path.startswith(prefix.rstrip("/") + "/"):
                 returned = handler(request)
                 if isinstance(returned, Response):
+                    returned.check()
                     return returned
                 if isinstance(returned, (str, bytes)):
                     return Response(returned, headers={"Content-Type": "text/html; charset=utf-8"})
@@ -2926,17 +2931,16 @@ class HttpTransport:
     def _send_plain(self, connection: Connection, request: Request, response: Response,
                     is_last: bool | None = None) -> None:
         if self.options.post_handle is not None:
+            self._watch.step_aside()
             try:
-                self._watch.step_aside()
                 self.options.post_handle(request, response)
+                response.check()
             except Exception:
                 self.logger.exception("post_handle failed on %.200r", request.target)
                 response = Response("post_handle failed\n", 500, {"Content-Type": "text/plain"})
         if is_last is None:
             is_last = not request.wants_keep_alive or self.is_stopping
         body = response.body.encode("utf-8") if isinstance(response.body, str) else response.body or b""
-        if not isinstance(body, bytes) and not hasattr(body, "read"):
-            raise TypeError(f"a response's body must be text, bytes or a binary file, not {body!r}")
         length = len(body) if isinstance(body, bytes) else response.length
         headers = {name: value for name, value in response.headers.items()
                    if name.lower() not in ("content-length", "connection", "date")}
