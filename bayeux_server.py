@@ -35,9 +35,9 @@ Contents.  A section uses only what stands above it.
     §5  The protocol          handshake, connect, subscribe, publish, services, extensions
     §6  Local clients         publishing and subscribing inside this process
     §7  The long-poll wait    one thread on one Condition: the only way out for events
-    §8  WebSocket frames      (their place; they are not in this edition)
+    §8  WebSocket frames      the codec of RFC 6455
     §9  Connections           sockets parked without a thread, woken by bytes
-    §10 HTTP transport        requests, long-polling, callback-polling, files
+    §10 HTTP transport        requests, long-polling, callback-polling, WebSocket, event streams, files
     §11 The server            BayeuxServer
     §12 Command line          arguments, logging, signals, the two demo parts
 
@@ -53,12 +53,15 @@ MIT licence, see LICENSE.
 from __future__ import annotations
 
 import argparse
+import base64
+import codecs
 import collections
 import dataclasses
 import difflib
 import email.message
 import email.utils
 import errno
+import hashlib
 import heapq
 import http.server
 import ipaddress
@@ -80,7 +83,7 @@ import threading
 import time
 import urllib.parse
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import field
 from functools import lru_cache, partial
 from http import HTTPStatus
@@ -118,8 +121,10 @@ PING = "/meta/ping"                     # no part of Bayeux 1.0; dojo's clients 
 META, SERVICE = "/meta/", "/service/"   # channels of the protocol itself, and of private calls
 
 VERSION = "1.0"                         # of the protocol: the newest and the oldest we speak
-LONG_POLLING, CALLBACK_POLLING = "long-polling", "callback-polling"
-CONNECTION_TYPES = (LONG_POLLING, CALLBACK_POLLING)
+LONG_POLLING, CALLBACK_POLLING, WEBSOCKET = "long-polling", "callback-polling", "websocket"
+EVENTSOURCE = "eventsource"             # Faye's: requests by POST, events as a stream of server-sent events
+CROSS_ORIGIN = "cross-origin-long-polling"      # Faye's name for long-polling from another origin
+CONNECTION_TYPES = (WEBSOCKET, LONG_POLLING, CALLBACK_POLLING, EVENTSOURCE)
 
 MAX_CHANNEL_LENGTH = 255                # characters; a name of n segments lies in n + 1 patterns
 MAX_JSON_DEPTH = 100                    # arrays and objects within each other; people use five
@@ -201,6 +206,7 @@ FOLDER = Kind("a folder that exists, or None",
 FILE_NAMES = names("file names", lambda name: name != "" and "/" not in name)
 ORIGINS = names("origins such as https://example.org, or *", is_origin)
 NETWORKS = names("IP addresses or networks", is_network)
+PATTERNS = names("channels or patterns such as /chat/*", lambda pattern: is_channel_pattern(pattern))
 FUNCTION = Kind("a function, or None", lambda value: value is None or callable(value))
 FUNCTIONS = table("a mapping of names to functions",
                   lambda name, function: isinstance(name, str) and callable(function))
@@ -263,6 +269,11 @@ class Options:
         seconds(0.001), "how long a session lives without an open /meta/connect"))
     request_timeout: float = field(default=30.0, metadata=about(
         seconds(0.001), "how long a client may take to send a request, or to take in an answer"))
+    ping_interval: float = field(default=30.0, metadata=about(
+        seconds(), "how long a WebSocket may be silent before it is pinged, and then closed; 0: for ever"))
+    max_inactivity: float = field(default=0.0, metadata=about(
+        seconds(), "how long a session may send nothing but /meta/connect before it is ended; 0: for ever"))
+    max_lazy: float = field(default=5.0, metadata=about(seconds(), "how long an event on a lazy channel may wait"))
     grace: float = field(default=5.0, metadata=about(seconds(), "how long stopping may take"))
 
     # Limits
@@ -274,11 +285,17 @@ class Options:
     max_subscriptions: int = field(default=1000, metadata=about(whole(1), "subscriptions of one session"))
     max_queue: int = field(default=10_000, metadata=about(
         whole(1), "events that may wait for one session; one more ends it"))
+    max_frame_events: int = field(default=100, metadata=about(
+        whole(1), "events that leave together in one WebSocket frame, or one server-sent event"))
     max_message_size: int = field(default=64 * 1024, metadata=about(whole(1), "bytes of one message"))
     max_request_size: int = field(default=1024 * 1024, metadata=about(whole(1), "bytes of one request's body"))
     max_threads: int = field(default=64, metadata=about(whole(2), "handler threads at most"))
 
     # Extensions of the protocol
+    ack: bool = field(default=True, metadata=about(
+        SWITCH, "acknowledged delivery for clients that ask for it: what is lost on the way is sent again"))
+    lazy_channels: Iterable[str] = field(default=(), metadata=about(
+        PATTERNS, "channel or pattern whose events wait for the next delivery", "--lazy-channel"))
     json_comment_filtered: bool = field(default=True, metadata=about(
         SWITCH, "replies as /*[...]*/ for old clients that ask for it"))
     timesync: bool = field(default=True, metadata=about(
@@ -596,10 +613,11 @@ class Event:
     see both.  (Bayeux, "Delivery", "clientId")
     """
 
-    __slots__ = ("channel", "client_id", "id", "text")
+    __slots__ = ("channel", "client_id", "id", "is_lazy", "text")
 
-    def __init__(self, fields: dict, client_id: str | None = None, id: Any = None) -> None:
+    def __init__(self, fields: dict, client_id: str | None = None, id: Any = None, is_lazy: bool = False) -> None:
         self.channel = fields["channel"]
+        self.is_lazy = is_lazy
         self.text = encode_json(fields)
         self.client_id = client_id
         self.id = id
@@ -639,6 +657,9 @@ class Event:
 #                  |   the newer      |  queue -> conn. |   -> connected|   queue kept    |
 #   ended          | 402, handshake   | -               | -             | -               | 402
 #
+# A session with a stream (a WebSocket, server-sent events) has its events sent there at once,
+# held connect or not.
+#
 # While the events of a reply are on their way into a socket the session is *in flight*: no
 # other reply takes events, so that those of a reply that fails can go back to the front of
 # the queue and order is kept.
@@ -649,6 +670,7 @@ ENDED_ASKED = "asked"
 ENDED_TIMEOUT = "timeout"
 ENDED_QUEUE = "queue overflow"
 ENDED_SHUTDOWN = "server shutdown"
+ENDED_INACTIVE = "inactivity"
 
 
 class Exchange:
@@ -660,6 +682,7 @@ class Exchange:
         browser: the BAYEUX_BROWSER cookie that came, or None.
         may_hold: False when another request waits behind this one on its connection.
         is_large: whether one of its messages may be larger than max_message_size.
+        stream: what sends events at any time, where the transport has such a thing; or None.
         hold: the /meta/connect that is held here, or None.
         comment_filtered: whether a session that asked for it is served.
     """
@@ -670,6 +693,7 @@ class Exchange:
     browser: str | None = None
     may_hold = True
     is_large = False
+    stream: Stream | None = None
 
     def __init__(self) -> None:
         self.hold: Hold | None = None
@@ -685,6 +709,20 @@ class Exchange:
     def send(self, answer: Answer) -> bool | None:
         """Write the answer, without blocking.  True: written; False: lost; None: settled later."""
         raise TypeError(f"{type(self).__name__} has no way to send")
+
+
+class Stream(Exchange):
+    """A connection on which events are sent as they come, without a held connect to carry them.
+
+    Attributes:
+        sessions: those whose events have gone this way; each may have found another since.
+    """
+
+    __slots__ = ("sessions",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sessions: set[Session] = set()
 
 
 class Hold:
@@ -733,11 +771,12 @@ class Session:
         flags: a dict for the application, for example to remember in message_acl who logged in.
         subscriptions: the patterns that it is subscribed to.
         ended: why it ended, or None.
+        ack: whether delivery is acknowledged.
     """
 
-    __slots__ = ("__weakref__", "address", "browser", "comment_filtered", "connected", "created", "crowded",
-                 "ended", "flags", "hold", "id", "in_flight", "is_ready", "lease", "queue", "subscriptions",
-                 "timer", "transport")
+    __slots__ = ("__weakref__", "ack", "active", "address", "batch", "browser", "comment_filtered", "connected",
+                 "created", "crowded", "ended", "flags", "hold", "id", "in_flight", "is_ready", "is_urgent",
+                 "lazy_deadline", "lease", "queue", "stream", "subscriptions", "timer", "transport", "unacknowledged")
 
     def __init__(self, id: str | None, exchange: Exchange) -> None:
         self.id = id
@@ -751,8 +790,15 @@ class Session:
         self.comment_filtered = False
         self.connected = False              # had its first connect answered
         self.crowded = False                # was told of multiple clients in its browser
+        self.active = 0.0                   # when it last sent something else than a connect
         self.queue: list[Event] = []
+        self.is_urgent = False              # the queue is to be delivered now: it has an event that is not lazy
+        self.lazy_deadline = math.inf       # when it is, at the latest
         self.in_flight = False
+        self.ack = False
+        self.batch = 0                      # the number of its last acknowledged reply
+        self.unacknowledged: list[tuple[int, Event]] = []       # by the number of the reply that took it
+        self.stream: Stream | None = None
         self.hold: Hold | None = None
         self.is_ready = False               # stands in the core's queue of sessions with something to say
         self.lease = math.inf               # when it ends, unless it is heard of before
@@ -764,25 +810,55 @@ class Session:
     def accept(self, event: Event, core: Bayeux) -> None:
         """Queue the event.  Under the lock."""
         self.queue.append(event)
-        if len(self.queue) == 1:            # else it is ready already, or cannot be
-            core.make_ready(self)
-        elif len(self.queue) > core.options.max_queue:
+        if self.waiting > core.options.max_queue:
             core.overfull.append(self)
+        elif event.is_lazy:
+            core.delay(self)
+        elif not self.is_urgent:            # else it is ready already, or cannot be
+            self.is_urgent = True
+            core.make_ready(self)
+
+    def acknowledge(self, batch: Any) -> None:
+        """The client has seen all replies up to batch; what later ones took comes first again.  Under the lock."""
+        seen = batch if is_number(batch) else 0         # a client may begin with null, 0 or -1
+        missed = [event for number, event in self.unacknowledged if number > seen]
+        self.unacknowledged = []
+        if missed:
+            self.queue[:0] = missed
+            self.is_urgent = True
 
     def end(self, reason: str, core: Bayeux) -> None:
         """Leave the server.  Under the lock."""
         core.end_session(self, reason)
 
     @property
+    def age(self) -> float:
+        """Seconds since it began."""
+        return time.time() - self.created
+
+    @property
+    def waiting(self) -> int:
+        """How many events wait for it, those included that it has not acknowledged."""
+        return len(self.queue) + len(self.unacknowledged)
+
+    @property
+    def uses_stream(self) -> bool:
+        """With acknowledgement events leave with replies to connects only, whatever the transport."""
+        return self.stream is not None and not self.ack
+
+    @property
     def can_take_events(self) -> bool:
-        return self.hold is not None and not self.in_flight
+        return (self.hold is not None or self.uses_stream) and not self.in_flight
 
     @property
     def deadline(self) -> float | None:
-        """When something must be done about it: its held connect answered, or itself ended."""
+        """When something must be done about it: its queue delivered, its connect answered, or itself ended."""
+        if self.ended:
+            return None
+        lazy_deadline = self.lazy_deadline if self.can_take_events else math.inf
         if self.hold is not None:
-            return self.hold.deadline
-        return None if self.in_flight or self.ended else self.lease
+            return min(self.hold.deadline, lazy_deadline)
+        return None if self.in_flight else min(self.lease, lazy_deadline)
 
 
 class Mailbox:
@@ -865,12 +941,13 @@ def is_message_id(value: Any) -> bool:
 class Turn:
     """What the messages of one request share."""
 
-    __slots__ = ("connecting", "exchange", "is_shared")
+    __slots__ = ("connecting", "events", "exchange", "is_shared")
 
     def __init__(self, exchange: Exchange, is_shared: bool) -> None:
         self.exchange = exchange
         self.is_shared = is_shared                      # the request has more than one message
         self.connecting: Session | None = None          # whose events go with the answer
+        self.events: list[Event] = []                   # those, where they have been taken already
 
 
 class Bayeux:
@@ -911,6 +988,8 @@ class Bayeux:
         self._listeners = [options.callback] if options.callback else []
         self._notices = Mailbox(self, self._tell_listeners)
         self._incoming = [each.incoming for each in options.extensions if hasattr(each, "incoming")]
+        self._lazy_patterns = frozenset(options.lazy_channels)
+        self.connection_types = CONNECTION_TYPES + ((CROSS_ORIGIN,) if options.allowed_origins else ())
         self._outgoing = [each.outgoing for each in reversed(options.extensions) if hasattr(each, "outgoing")]
         self._meta = {HANDSHAKE: self._handshake, CONNECT: self._connect, DISCONNECT: self._disconnect,
                       SUBSCRIBE: self._subscribe, UNSUBSCRIBE: self._unsubscribe, PING: self._ping}
@@ -935,7 +1014,7 @@ class Bayeux:
         self.wake()
         texts = [text for each in replies for text in each]
         if texts:                           # none: its connect is held, and the exchange now the wait's
-            self._answer(exchange, texts, turn.connecting)
+            self._answer(turn, texts)
 
     def _replies_to(self, message: Any, turn: Turn) -> list[str]:
         """Handle one message.  The texts of its replies: one; several of some services; none if it is held."""
@@ -998,6 +1077,8 @@ class Bayeux:
             if session is None:
                 session = self._unknown_client(message, turn, may_be_anonymous=(
                     channel == PING or (channel not in self._meta and self.options.anon_publish)))
+            if channel != CONNECT:
+                session.active = self.clock()
             self._check_acl(session, message)
         return handler(session, message, turn)
 
@@ -1064,18 +1145,20 @@ class Bayeux:
             reply["advice"] = {"reconnect": "handshake" if error.code == 401 else "none"}
         return {**reply, **error.fields}
 
-    def _finish(self, session: Session | None, message: dict, reply: dict) -> list[str]:
+    def _finish(self, session: Session | None, message: dict, reply: dict, batch: int | None = None) -> list[str]:
         """The reply's text, after the extensions.  One that they drop is replaced: every message gets its reply."""
         reply = self._through_extensions(session, reply) or self._refusal(
             message, BayeuxError(403, self._channel_shown(message), "An extension dropped the reply"))
-        late = self._late_fields(TimeSync.of(message) if self.options.timesync else None)
+        late = self._late_fields(TimeSync.of(message) if self.options.timesync else None, batch)
         return [with_fields(encode_json(reply), late) if late else encode_json(reply)]
 
-    def _late_fields(self, timesync: TimeSync | None) -> dict:
-        """The fields of a reply that depend on when it leaves."""
+    def _late_fields(self, timesync: TimeSync | None, batch: int | None) -> dict:
+        """The fields of a reply that depend on when it leaves.  batch: its number, with acknowledgement."""
         fields: dict = {}
         if timesync is not None:
             fields["ext"] = {"timesync": timesync.reply()}
+        if batch is not None:
+            fields["ext"] = {**fields.get("ext", {}), "ack": batch}
         if self.options.timestamp:
             fields["timestamp"] = timestamp_now()
         return fields
@@ -1111,11 +1194,13 @@ class Bayeux:
         self._check_acl(session, message)
         reply = self._success(message, version=VERSION, minimumVersion=VERSION, supportedConnectionTypes=types,
                               clientId=session.id, advice=self._advice())
-        ext = message.get("ext")
-        wants_comments = isinstance(ext, dict) and ext.get("json-comment-filtered") in (True, "true")
-        if wants_comments and self.options.json_comment_filtered:
+        ext = message["ext"] if isinstance(message.get("ext"), dict) else {}
+        if self.options.json_comment_filtered and ext.get("json-comment-filtered") in (True, "true"):
             session.comment_filtered = turn.exchange.comment_filtered = True
             reply["ext"] = {"json-comment-filtered": True}
+        if self.options.ack and ext.get("ack") is True:
+            session.ack = True
+            reply["ext"] = {**reply.get("ext", {}), "ack": True}
         session.browser = turn.exchange.name_browser()
         with self.condition:
             if self.stopping:
@@ -1125,7 +1210,8 @@ class Bayeux:
                 raise BayeuxError(429, "", "Too many sessions",
                                   advice={"reconnect": "handshake", "interval": BUSY_RETRY * 1000})
             self.sessions[session.id] = session
-            session.lease = self.clock() + self.options.connect_timeout
+            session.active = self.clock()
+            session.lease = session.active + self.options.connect_timeout
             self._schedule(session)
             self._tell("client_connect", client_id=session.id, ip=session.address)
         self.logger.debug("session %s begins, from %s", session.id, session.address)
@@ -1148,10 +1234,10 @@ class Bayeux:
         asked = message.get("supportedConnectionTypes", [turn.exchange.transport])
         if not isinstance(asked, list) or not all(isinstance(each, str) for each in asked):
             raise BayeuxError(400, HANDSHAKE, "supportedConnectionTypes must be a list of strings")
-        common = [each for each in CONNECTION_TYPES if each in asked]
+        common = [each for each in self.connection_types if each in asked]
         if not common:
             raise BayeuxError(409, HANDSHAKE, "No connection type in common",
-                              version=VERSION, supportedConnectionTypes=list(CONNECTION_TYPES))
+                              version=VERSION, supportedConnectionTypes=list(self.connection_types))
         return common
 
     # -- Connect ---------------------------------------------------------------------------
@@ -1164,53 +1250,81 @@ class Bayeux:
 
         Not held: the first of a session (clients say nothing before it returns), one that shares its
         request with other messages or has another request behind it, one whose client asks for timeout
-        0, and one of a crowded browser.  A newer connect releases the older.
+        0, one of a crowded browser, and Faye's beside an event stream.  A newer connect releases the older.
         """
-        if message.get("connectionType") not in CONNECTION_TYPES:
-            raise BayeuxError(400, CONNECT, "connectionType must be {}".format(" or ".join(CONNECTION_TYPES)))
+        if message.get("connectionType") not in self.connection_types:
+            raise BayeuxError(400, CONNECT, f"connectionType must be {' or '.join(self.connection_types)}")
         if turn.connecting is not None:
             raise BayeuxError(409, CONNECT, "One connect a request")
-        patience = self._patience(message)
-        advice = self._advice() if not session.connected else None
-        is_crowded = self._is_crowded(session)
-        if is_crowded:
-            advice = {**self._advice(), "interval": round(MULTIPLE_CLIENTS_INTERVAL * 1000), "multiple-clients": True}
-        elif session.crowded:
-            advice = {**self._advice(), "multiple-clients": False}
+        self._end_inactive(session)
+        patience, advice = self._patience(session, message, turn), self._connect_advice(session, message, turn)
         reply = self._success(message, **({"advice": advice} if advice else {}))
-        is_held = (session.connected and not turn.is_shared and turn.exchange.may_hold and patience > 0
-                   and not is_crowded and not self.stopping)
-        if not is_held:
-            texts = self._finish(session, message, reply)
-        else:
-            texts = []
+        if patience > 0:
             text = encode_json(self._through_extensions(session, reply) or self._refusal(
                 message, BayeuxError(403, CONNECT, "An extension dropped the reply")))
             timesync = TimeSync.of(message) if self.options.timesync else None
         with self.condition:
             self._require_live(session)
-            if session.hold is not None:
-                self._release(session.hold)
-            session.transport = turn.exchange.transport
-            session.connected, session.crowded = True, is_crowded
-            if is_held:
+            self._begin_connect(session, message, turn)
+            if patience > 0:
                 hold = Hold(session, turn.exchange, text, timesync, self.clock() + patience)
                 session.hold = turn.exchange.hold = hold
                 self._schedule(session)
-                self.make_ready(session)
+            elif session.ack:
+                session.batch += 1
+                turn.events = self._take_events(session)
+            self.make_ready(session)
         turn.connecting = session
-        return texts
+        return [] if patience > 0 else self._finish(session, message, reply, session.batch if session.ack else None)
 
-    def _patience(self, message: dict) -> float:
+    def _begin_connect(self, session: Session, message: dict, turn: Turn) -> None:
+        """What every connect does: acknowledge, release the older, show where the session's events go from now on."""
+        assert self.lock.locked()
+        if session.ack:
+            ext = message.get("ext")
+            session.acknowledge(ext.get("ack") if isinstance(ext, dict) else None)
+        if session.hold is not None:
+            self._release(session.hold)
+        if message["connectionType"] != EVENTSOURCE:    # its stream is another request
+            self._attach(session, turn.exchange.stream)
+        session.transport = message["connectionType"]
+        session.connected = True
+
+    def _connect_advice(self, session: Session, message: dict, turn: Turn) -> dict | None:
+        """News for the client: with its first connect all there is to know, later what has changed."""
+        was_crowded, session.crowded = session.crowded, self._is_crowded(session, turn)
+        if session.crowded:
+            return {**self._advice(), "interval": round(MULTIPLE_CLIENTS_INTERVAL * 1000), "multiple-clients": True}
+        if message["connectionType"] == EVENTSOURCE and not session.ack:
+            # Its connects carry nothing, and only show that it lives: twice in the life of a session will do.
+            interval = max(self.options.interval, min(self.options.timeout, self.options.connect_timeout / 2))
+            return {**self._advice(), "interval": round(interval * 1000)}
+        if was_crowded:
+            return {**self._advice(), "multiple-clients": False}
+        return None if session.connected else self._advice()
+
+    def _patience(self, session: Session, message: dict, turn: Turn) -> float:
         """How long the connect may be held; a shorter time of the client's is honoured.  (Bayeux, "timeout")"""
+        if (not session.connected or turn.is_shared or not turn.exchange.may_hold or self.stopping
+                or (message["connectionType"] == EVENTSOURCE and not session.ack) or self._is_crowded(session, turn)):
+            return 0.0
         advice = message.get("advice")
         asked = advice.get("timeout") if isinstance(advice, dict) else None
         return min(self.options.timeout, asked / 1000) if is_number(asked) and asked >= 0 else self.options.timeout
 
-    def _is_crowded(self, session: Session) -> bool:
+    def _end_inactive(self, session: Session) -> None:
+        """(CometD's activity extension): a page that was left open only sends heart-beats."""
+        limit = self.options.max_inactivity
+        if limit and self.clock() - session.active > limit:
+            with self.condition:
+                self.end_session(session, ENDED_INACTIVE)
+            raise BayeuxError(402, session.id or "", f"Session ended by {ENDED_INACTIVE}",
+                              advice={"reconnect": "none", "interval": 0})
+
+    def _is_crowded(self, session: Session, turn: Turn) -> bool:
         """(Bayeux, "Server-side Multiple clients detection")"""
         allowed = self.options.max_sessions_per_browser
-        if not allowed or session.browser is None:
+        if not allowed or session.browser is None or turn.exchange.stream is not None:
             return False
         with self.condition:
             return allowed <= sum(other.browser == session.browser and other.hold is not None
@@ -1322,7 +1436,18 @@ class Bayeux:
             fields["id"] = id
         if self.options.timestamp:
             fields["timestamp"] = timestamp_now()
-        return Event(fields, client_id, id)
+        return Event(fields, client_id, id, self._is_lazy(channel))
+
+    def _is_lazy(self, channel: str) -> bool:
+        """(CometD's lazy channels): for news that nobody waits for."""
+        return bool(self._lazy_patterns) and not self._lazy_patterns.isdisjoint(patterns_matching(channel))
+
+    def delay(self, session: Session) -> None:
+        """The session has a lazy event: it may wait, but not for ever."""
+        assert self.lock.locked()
+        if session.lazy_deadline == math.inf:
+            session.lazy_deadline = self.clock() + self.options.max_lazy
+            self._schedule(session)
 
     def _deliver(self, event: Event) -> None:
         """Queue the event for every subscriber.  Overlapping subscriptions deliver one copy."""
@@ -1357,7 +1482,7 @@ class Bayeux:
     def _own_event(self, session: Session, event: Event) -> Event | None:
         message = self._through_extensions(session, json.loads(event.text))
         try:
-            return Event(message) if message is not None else None
+            return Event(message, is_lazy=event.is_lazy) if message is not None else None
         except (KeyError, TypeError, ValueError):
             self.logger.exception("an extension made of an event what cannot be sent; it is dropped")
             return None
@@ -1432,7 +1557,10 @@ class Bayeux:
             self._release(session.hold, self._farewell(session, reason))
             if reason == ENDED_SHUTDOWN and not session.in_flight:
                 self.released[-1].events = session.queue        # the last reply leaves anyway: it takes what there is
-        session.queue = []
+        session.queue, session.unacknowledged = [], []
+        if session.stream is not None:
+            self.released.append(Answer(session.stream, []))    # an event stream ends with its session
+            self._attach(session, None)
         self._tell("client_disconnect", client_id=session.id, reason=reason)
 
     def _farewell(self, session: Session, reason: str) -> dict:
@@ -1474,13 +1602,48 @@ class Bayeux:
         session.hold = hold.exchange.hold = None
         session.lease = self.clock() + self.options.connect_timeout
         reply = with_fields(hold.reply, fields) if fields else hold.reply
-        late = partial(self._late_fields, hold.timesync) if hold.timesync or self.options.timestamp else None
+        batch = None
+        if session.ack:
+            session.batch += 1
+            batch = session.batch
+        is_plain = hold.timesync is None and batch is None and not self.options.timestamp
+        late = None if is_plain else partial(self._late_fields, hold.timesync, batch)
         return Answer(hold.exchange, [reply], session, late_fields=late)
+
+    def _attach(self, session: Session, stream: Stream | None) -> None:
+        """Have the session's events go this way from now on."""
+        assert self.lock.locked()
+        if session.stream is not stream:
+            if session.stream is not None:
+                session.stream.sessions.discard(session)
+            session.stream = stream
+            if stream is not None:
+                stream.sessions.add(session)
+
+    def attach(self, client_id: str, stream: Stream) -> bool:
+        """The same from outside: an event stream has been opened for the session.  False: there is none."""
+        with self.condition:
+            session = self.sessions.get(client_id)
+            if session is None or (self.options.bind_sessions and session.browser != stream.browser):
+                return False
+            self._attach(session, stream)
+            self.make_ready(session)
+        self.wake()
+        return True
+
+    def detach(self, stream: Stream) -> None:
+        """The stream is gone, and the connects that were held on it.  What waits for its sessions goes on waiting."""
+        with self.condition:
+            for session in list(stream.sessions):
+                if session.hold is not None and session.hold.exchange.stream is stream:
+                    self._take_hold(session.hold)
+                self._attach(session, None)
+                self._schedule(session)
 
     def make_ready(self, session: Session) -> None:
         """Put the session in line for an answer, if it has events and a held connect to carry them."""
         assert self.lock.locked()
-        if session.queue and session.can_take_events and not session.is_ready:
+        if session.is_urgent and session.queue and session.can_take_events and not session.is_ready:
             session.is_ready = True
             self.ready.append(session)
 
@@ -1494,15 +1657,28 @@ class Bayeux:
             session = self.ready.popleft()
             session.is_ready = False
             if session.queue and session.can_take_events:
-                answer = self._take_hold(session.hold)
-                self._take_events(session, answer)
-                answers.append(answer)
+                answers.append(self._take_answer(session))
         return answers
 
+    def _take_answer(self, session: Session) -> Answer:
+        if session.uses_stream:
+            return Answer(session.stream, [], session, self._take_events(session, self.options.max_frame_events))
+        answer = self._take_hold(session.hold)
+        answer.events = self._take_events(session)
+        return answer
+
     @staticmethod
-    def _take_events(session: Session, answer: Answer) -> None:
-        if session.queue and not session.in_flight:
-            answer.events, session.queue, session.in_flight = session.queue, [], True
+    def _take_events(session: Session, limit: int | None = None) -> list[Event]:
+        """The session's next events; none while others of it are in flight."""
+        if session.in_flight:
+            return []
+        events, session.queue = session.queue[:limit], session.queue[limit:] if limit is not None else []
+        session.is_urgent, session.lazy_deadline = bool(session.queue), math.inf
+        if session.ack:
+            session.unacknowledged += [(session.batch, event) for event in events]
+        else:
+            session.in_flight = bool(events)
+        return events
 
     def settle(self, answer: Answer, is_written: bool) -> None:
         """The answer has been written, or is known not to be: then its events wait for the next connect."""
@@ -1510,11 +1686,13 @@ class Bayeux:
         session = answer.session
         if session is None or session.ended:
             return
-        if answer.events:
+        if answer.events and not session.ack:
             session.in_flight = False
             if not is_written:
                 session.queue[:0] = answer.events
-        session.lease = self.clock() + self.options.connect_timeout     # written or lost: now it is the client's turn
+                session.is_urgent = True
+        if answer.replies:              # a connect's; written or lost, now it is the client's turn
+            session.lease = self.clock() + self.options.connect_timeout
         self.make_ready(session)
         self._schedule(session)
 
@@ -1533,12 +1711,13 @@ class Bayeux:
             self.settle(answer, is_written)
         self.wake()
 
-    def _answer(self, exchange: Exchange, replies: list[str], session: Session | None) -> None:
+    def _answer(self, turn: Turn, replies: list[str]) -> None:
         """Answer a request at once, with the events of the session whose connect was in it."""
-        answer = Answer(exchange, replies, session)
-        if session is not None:
+        session = turn.connecting
+        answer = Answer(turn.exchange, replies, session, turn.events)
+        if session is not None and not session.ack and not session.uses_stream:
             with self.condition:
-                self._take_events(session, answer)
+                answer.events = self._take_events(session)
         is_written = self.send(answer)
         if is_written is not None and session is not None:
             self.settle_later(answer, is_written)
@@ -1587,12 +1766,16 @@ class Bayeux:
                 continue
             session.timer = None
             deadline = session.deadline
-            if deadline is not None and deadline <= now:
-                if session.hold is not None:
-                    self._release(session.hold)
-                else:
-                    self.end_session(session, ENDED_TIMEOUT)
-            self._schedule(session)
+            if deadline is None or deadline > now:
+                self._schedule(session)
+            elif session.queue and session.can_take_events:
+                session.is_urgent = True    # lazy events have waited long enough, or leave with the reply that is due
+                self.make_ready(session)    # and settling it will schedule the session again
+            elif session.hold is not None:
+                self._release(session.hold)
+                self._schedule(session)
+            else:
+                self.end_session(session, ENDED_TIMEOUT)
 
     def seconds_to_deadline(self) -> float | None:
         assert self.lock.locked()
@@ -1678,6 +1861,11 @@ class Bayeux:
                 self._end_overfull()
                 self._tell("client_push", client_id=client_id, channel=channel, data=data, **extra)
             self.wake()
+
+    def disconnect(self, client_id: str, reason: str) -> None:
+        with self.condition:
+            self.subscriber(client_id).end(reason, self)
+        self.wake()
 
     @staticmethod
     def require_broadcast(channel: str, is_well_formed: bool) -> None:
@@ -1886,9 +2074,162 @@ class LongPollWait(threading.Thread):
 # ======================================================================================
 # §8  WebSocket frames
 #
-# This is where the codec of RFC 6455 belongs: no input or output, above the connections.
-# This edition offers long-polling and callback-polling only, and says so in every handshake.
+# After an upgrade from HTTP both sides send frames whenever they like.  This is the codec: bytes
+# in, messages out, and back; it does no input or output.  (RFC 6455, "Data Framing")
+#
+#      0 1 2 3 4 5 6 7   0 1 2 3 4 5 6 7
+#     +-+-+-+-+-------+ +-+-------------+-------------------------+---------------+---------
+#     |F|reserved     | |M| length      | 0, 2 or 8 bytes: length | 0 or 4 bytes: | payload
+#     |I|bits | opcode| |A| 0 .. 125    | if that was 126 or 127  | key, if MASK  |
+#     |N|     |       | |S| 126   127   |                         |               |
+#     +-+-+-+-+-------+ +-+-------------+-------------------------+---------------+---------
+#
+# A message is one frame, or several (fragments) of which the last has FIN; control frames may
+# come between fragments.  What a client sends is masked: each byte xor one of four key bytes.
 # ======================================================================================
+
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+FIN, RESERVED, IS_CONTROL, MASKED = 0x80, 0x70, 0x8, 0x80
+MAX_CONTROL_PAYLOAD = 125               # bytes (RFC 6455, "Control Frames")
+WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")
+WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+
+# Close codes (RFC 6455, "Defined Status Codes"); a peer may send these, and 3000 to 4999.
+NORMAL, GOING_AWAY, PROTOCOL_ERROR, UNSUPPORTED_DATA, NO_CODE, BAD_DATA, TOO_BIG = (
+    1000, 1001, 1002, 1003, 1005, 1007, 1009)
+CLOSE_CODES = (1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014)
+
+
+class WebSocketError(Exception):
+    """The peer broke the rules: the connection is closed with code, and the text as the reason."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def websocket_accept(key: str) -> str:
+    """The answer to Sec-WebSocket-Key, which proves that we speak WebSocket.  (RFC 6455, "Server Requirements")"""
+    return base64.b64encode(hashlib.sha1((key + WEBSOCKET_GUID).encode("ascii")).digest()).decode("ascii")
+
+
+def frame(opcode: int, payload: bytes) -> bytes:
+    """A whole message in one frame, unmasked, as servers send it."""
+    length = len(payload)
+    if length <= 125:
+        return bytes((FIN | opcode, length)) + payload
+    if length < 1 << 16:
+        return bytes((FIN | opcode, 126)) + length.to_bytes(2, "big") + payload
+    return bytes((FIN | opcode, 127)) + length.to_bytes(8, "big") + payload
+
+
+def close_frame(code: int, reason: str = "") -> bytes:
+    """code NO_CODE: without one, in answer to a close without one."""
+    if code == NO_CODE:
+        return frame(CLOSE, b"")
+    text = reason.encode("utf-8")[:MAX_CONTROL_PAYLOAD - 2].decode("utf-8", "ignore").encode("utf-8")
+    return frame(CLOSE, code.to_bytes(2, "big") + text)
+
+
+def unmask(payload: bytes, key: bytes) -> bytes:
+    """Each byte xor a byte of the key, all at once: as two large numbers."""
+    if key == b"\0\0\0\0":
+        return payload
+    repeated = (key * (len(payload) // 4 + 1))[:len(payload)]
+    return (int.from_bytes(payload, "big") ^ int.from_bytes(repeated, "big")).to_bytes(len(payload), "big")
+
+
+class FrameReader:
+    """Reads a client's frames.
+
+    Arguments:
+        max_size: bytes of a message, all its fragments together.
+    """
+
+    def __init__(self, max_size: int) -> None:
+        self._max_size = max_size
+        self._buffer = b""
+        self._opcode = CONTINUATION             # of the message whose fragments are being read; else this
+        self._fragments: list = []              # text, or bytes
+        self._size = 0
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, Any]]:
+        """The messages that data completes, one by one: (opcode, payload).
+
+        Payloads are text for TEXT, (code, reason) for CLOSE, and bytes.  What came before a fault is given
+        before WebSocketError is raised.
+        """
+        self._buffer = self._buffer + data if self._buffer else data
+        while True:
+            parsed = self._next_frame()
+            if parsed is None:
+                return
+            is_final, opcode, payload = parsed
+            if opcode & IS_CONTROL:
+                yield opcode, self._close_payload(payload) if opcode == CLOSE else payload
+            elif self._take_fragment(is_final, opcode, payload):
+                message = "".join(self._fragments) if self._opcode == TEXT else b"".join(self._fragments)
+                opcode, self._opcode, self._fragments, self._size = self._opcode, CONTINUATION, [], 0
+                yield opcode, message
+
+    def _next_frame(self) -> tuple[bool, int, bytes] | None:
+        """The next whole frame, or None.  What can be refused by its head is refused before its payload is there."""
+        buffer = self._buffer
+        if len(buffer) < 2:
+            return None
+        first, second = buffer[0], buffer[1]
+        opcode, length, start = first & 0x0F, second & 0x7F, 2
+        if length == 126:
+            length, start = int.from_bytes(buffer[2:4], "big"), 4
+        elif length == 127:
+            length, start = int.from_bytes(buffer[2:10], "big"), 10
+        self._check_head(first, second, opcode)
+        if len(buffer) < start:
+            return None
+        if not opcode & IS_CONTROL and self._size + length > self._max_size:
+            raise WebSocketError(TOO_BIG, f"a message is larger than {self._max_size} bytes")
+        end = start + 4 + length
+        if len(buffer) < end:
+            return None
+        self._buffer = buffer[end:]
+        return bool(first & FIN), opcode, unmask(buffer[start + 4:end], buffer[start:start + 4])
+
+    def _check_head(self, first: int, second: int, opcode: int) -> None:
+        if first & RESERVED:
+            raise WebSocketError(PROTOCOL_ERROR, "reserved bits are set, but no extension was agreed on")
+        if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
+            raise WebSocketError(PROTOCOL_ERROR, f"opcode {opcode} is not defined")
+        if not second & MASKED:                 # a client MUST mask (RFC 6455, "Overview" of "Data Framing")
+            raise WebSocketError(PROTOCOL_ERROR, "a client's frames must be masked")
+        if opcode & IS_CONTROL:
+            if not first & FIN or second & 0x7F > MAX_CONTROL_PAYLOAD:
+                raise WebSocketError(PROTOCOL_ERROR, "a control frame is fragmented, or too long")
+        elif (opcode == CONTINUATION) == (self._opcode == CONTINUATION):
+            raise WebSocketError(PROTOCOL_ERROR, "a continuation without a beginning, or the other way round")
+
+    def _take_fragment(self, is_final: bool, opcode: int, payload: bytes) -> bool:
+        """Keep the fragment; whether the message is complete.  Text is checked as it comes, inside a character too."""
+        self._opcode = opcode or self._opcode
+        self._size += len(payload)
+        try:
+            self._fragments.append(self._decode(payload, is_final) if self._opcode == TEXT else payload)
+        except UnicodeDecodeError:
+            raise WebSocketError(BAD_DATA, "a text is not UTF-8") from None
+        return is_final
+
+    @staticmethod
+    def _close_payload(payload: bytes) -> tuple[int, str]:
+        """(RFC 6455, "Close")"""
+        if not payload:
+            return NO_CODE, ""
+        code = int.from_bytes(payload[:2], "big")
+        if len(payload) < 2 or not (code in CLOSE_CODES or 3000 <= code <= 4999):
+            raise WebSocketError(PROTOCOL_ERROR, f"{code} is no close code that may be sent")
+        try:
+            return code, payload[2:].decode("utf-8")
+        except UnicodeDecodeError:
+            raise WebSocketError(BAD_DATA, "a close reason is not UTF-8") from None
 
 
 # ======================================================================================
@@ -1904,6 +2245,7 @@ class LongPollWait(threading.Thread):
 #   parked      in the selector, no exchange; bytes wake it, KEEP_ALIVE seconds end it
 #   busy        has an exchange: a request is being handled, or its connect is held
 #   writing     its output waits for a slow peer; nothing is read meanwhile
+#   streaming   its protocol is no longer HTTP: anything may be sent on it at any time
 #   closing     was answered for the last time; what comes is thrown away until the peer hangs up
 #
 # Who may do what: only the leader touches the selector, reads and closes.  Any thread may
@@ -1958,8 +2300,9 @@ class Connection:
     expired(connection) when its deadline is over, lost(connection) when it is closed.
     """
 
-    __slots__ = ("address", "deadline", "events", "exchange", "input", "is_arriving", "is_closed", "is_closing",
-                 "lock", "output", "protocol", "request", "socket", "source", "watch", "when_written")
+    __slots__ = ("address", "deadline", "events", "exchange", "idle_time", "input", "is_arriving", "is_closed",
+                 "is_closing", "is_handled", "lock", "output", "protocol", "request", "socket", "source", "watch",
+                 "when_written")
 
     def __init__(self, client_socket: socket.socket, address: str, watch: Watch, protocol: Any) -> None:
         self.socket = client_socket
@@ -1971,8 +2314,10 @@ class Connection:
         self.request: Request | None = None              # being read
         self.exchange: Any | None = None                 # being answered
         self.output = b""
-        self.source: FileSource | None = None       # of more output
-        self.when_written: Callable[[bool], None] | None = None
+        self.source: FileSource | None = None               # of more output
+        self.when_written: list[Callable[[bool], None]] = []
+        self.idle_time = KEEP_ALIVE                         # after an exchange
+        self.is_handled = False                             # by a thread that does not lead
         self.is_arriving = False                            # a request has begun to come
         self.is_closing = False
         self.is_closed = False
@@ -2015,14 +2360,46 @@ class Connection:
             if is_written:
                 self._finish_exchange()
             elif sent >= 0:
-                self.output, self.source, self.when_written = data[sent:], source, when_written
-                self.deadline = time.monotonic() + self.watch.patience
+                self._keep(data[sent:], when_written)
+                self.source = source
         if sent < 0:
             self.abort()
             return False
         if not is_written or self.input:
             self.watch.resume(self)
         return True if is_written else None
+
+    def push(self, data: bytes, is_last: bool = False,
+             when_written: Callable[[bool], None] | None = None) -> bool | None:
+        """Send on a stream, behind what waits already; otherwise as write()."""
+        with self.lock:
+            if self.is_closed or self.is_closing:
+                return False
+            self.is_closing = is_last
+            try:
+                sent = 0 if self.output else self.send(data)
+            except WOULD_BLOCK:
+                sent = 0
+            except OSError:
+                sent = -1
+            if sent == len(data):
+                if is_last:
+                    self._finish_exchange()
+                return True
+            if sent >= 0:
+                self._keep(data[sent:], when_written)
+        if sent < 0:
+            self.abort()
+            return False
+        self.watch.resume(self)
+        return None
+
+    def _keep(self, data: bytes, when_written: Callable[[bool], None] | None) -> None:
+        """For flush(), as the peer has no room now."""
+        self.output += data
+        if when_written is not None:
+            self.when_written.append(when_written)
+        self.deadline = time.monotonic() + self.watch.patience
 
     def write_interim(self, data: bytes) -> None:
         """Send a few bytes before the answer (100 Continue).  Where there is no room for them they are left out."""
@@ -2035,7 +2412,7 @@ class Connection:
 
     def flush(self) -> None:
         """Write more of what waits, as there is room now; not without end, or others would wait.  The leader's."""
-        when_written = None
+        written: list[Callable[[bool], None]] = []
         with self.lock:
             try:
                 is_written = any(self._write_part() for _ in range(PARTS_AT_ONCE))
@@ -2046,9 +2423,9 @@ class Connection:
                 self._shut(socket.SHUT_RDWR)
                 is_written = False
             if is_written:
-                when_written, self.when_written = self.when_written, None
+                written, self.when_written = self.when_written, []
                 self._finish_exchange()
-        if when_written is not None:
+        for when_written in written:
             when_written(True)
         self.watch.resume(self)
 
@@ -2075,7 +2452,7 @@ class Connection:
         """The answer is written: the connection is free for the next request, or closing."""
         assert self.lock.locked()
         self.exchange = None
-        self.deadline = time.monotonic() + (LINGER if self.is_closing else KEEP_ALIVE)
+        self.deadline = time.monotonic() + (LINGER if self.is_closing else self.idle_time)
         if self.is_closing:
             self._shut(socket.SHUT_WR)          # and wait for the peer's end, or a reset may overtake the answer
 
@@ -2098,9 +2475,9 @@ class Connection:
                 return
             self.is_closed = True
             self.socket.close()
-            when_written, self.when_written = self.when_written, None
+            lost, self.when_written = self.when_written, []
             self._drop_output()
-        if when_written is not None:
+        for when_written in lost:
             when_written(False)
         self.protocol.lost(self)
 
@@ -2179,16 +2556,23 @@ class Watch:
         """Called where this thread may be a while.  If it leads, another takes over, without this connection."""
         if self._leader == threading.get_ident():
             if self._current is not None:
+                self._current.is_handled = True
                 self._watch_for(self._current, 0)
             self._leader = None
             self._threads.run(self._lead)
+
+    def give_back(self, connection: Connection) -> None:
+        """Called when this thread is done with a connection: where it has stepped aside, the leader gets it back."""
+        if not self.is_led_here():
+            connection.is_handled = False
+            self.resume(connection)
 
     def is_led_here(self) -> bool:
         return self._leader == threading.get_ident()
 
     def is_busy(self) -> bool:
         """Whether an answer is being made, or on its way."""
-        return any(connection.exchange is not None for connection in list(self.connections))
+        return any(connection.exchange is not None or connection.output for connection in list(self.connections))
 
     def stop_accepting(self) -> None:
         self._wants_accepting = False
@@ -2250,8 +2634,9 @@ class Watch:
 
     def _look_again(self, connection: Connection) -> None:
         is_writing = connection.output or connection.source is not None
-        self._watch_for(connection, selectors.EVENT_WRITE if is_writing else selectors.EVENT_READ)
-        if connection.input and connection.exchange is None and not connection.is_closing:
+        events = selectors.EVENT_WRITE if is_writing else 0 if connection.is_handled else selectors.EVENT_READ
+        self._watch_for(connection, events)
+        if connection.input and events == selectors.EVENT_READ and not connection.is_closing:
             connection.protocol.consume(connection)
 
     def _look_at_deadline(self, connection: Connection) -> None:
@@ -2322,6 +2707,8 @@ class Watch:
 #
 #   long-polling      POST, a batch as JSON or in a form; the reply is JSON
 #   callback-polling  GET ?jsonp=name&message=batch; the reply is a script that calls name
+#   websocket         GET with Upgrade: websocket; then batches as text frames, both ways
+#   eventsource       GET of /cometd/<clientId>; the answer never ends, and events come in it
 #
 # What is wrong with a message is said in its reply, with status 200.  What is wrong with the
 # HTTP is said by the status, with a body that is a Bayeux batch all the same, as some clients
@@ -2556,8 +2943,7 @@ class HttpExchange(Exchange):
 
     @property
     def browser(self) -> str | None:
-        match = BROWSER_COOKIE.search(self._cookie) if self._cookie else None
-        return match[1] if match else self._new_browser
+        return browser_of(self._cookie) or self._new_browser
 
     def name_browser(self) -> str:
         """(Bayeux, "Server-side Multiple clients detection")"""
@@ -2581,6 +2967,165 @@ class HttpExchange(Exchange):
         self._http.end_request(self)
         return self._connection.write(data, is_last=is_last,
                                       when_written=partial(self._http.core.settle_later, answer))
+
+
+class HttpStream(Stream):
+    """A connection that HTTP has been left behind on: what WebSocket and event stream have in common."""
+
+    __slots__ = ("_connection", "_cookie", "_http", "address", "is_counted")
+
+    def __init__(self, http_transport: HttpTransport, connection: Connection, request: Request) -> None:
+        super().__init__()
+        self.address = request.address
+        self.is_counted = True
+        self._http = http_transport
+        self._connection = connection
+        self._cookie = request.headers.get("cookie")
+
+    @property
+    def browser(self) -> str | None:
+        return browser_of(self._cookie)
+
+    def give_up(self) -> None:
+        self._connection.abort()
+
+    def lost(self, connection: Connection) -> None:
+        self._http.core.detach(self)
+        self._http.end_request(self)
+
+    def send(self, answer: Answer) -> bool | None:
+        batch = answer.batch()
+        self._http.logger.debug("to %s: %.1000s", self.address, batch)
+        return self._connection.push(self._packed(batch.encode("utf-8")),
+                                     when_written=partial(self._http.core.settle_later, answer))
+
+
+class EventStream(HttpStream):
+    """Server-sent events, a batch each.  (HTML, "Server-sent events"; the transport is Faye's)"""
+
+    __slots__ = ()
+    transport = EVENTSOURCE
+
+    @staticmethod
+    def _packed(batch: bytes) -> bytes:
+        return b"data: " + batch + b"\r\n\r\n"
+
+    def send(self, answer: Answer) -> bool | None:
+        if not answer.events:                   # its session has ended
+            return self._connection.push(b"", is_last=True)
+        return super().send(answer)
+
+    def consume(self, connection: Connection) -> None:
+        """A client has nothing to say here."""
+        connection.input = b""
+
+    def expired(self, connection: Connection) -> None:
+        """A comment now and then, so that whoever is between us does not take the stream for dead."""
+        connection.deadline = time.monotonic() + connection.idle_time
+        connection.push(b":\r\n\r\n")
+
+
+class WebSocket(HttpStream):
+    """Batches as text frames, both ways.  (RFC 6455; that a batch is one text frame is CometD's convention)
+
+    The session id comes with the first message; a new socket may carry on a live session.
+    """
+
+    __slots__ = ("_is_pinged", "_reader")
+    transport = WEBSOCKET
+
+    def __init__(self, http_transport: HttpTransport, connection: Connection, request: Request) -> None:
+        super().__init__(http_transport, connection, request)
+        self._is_pinged = False
+        self._reader = FrameReader(http_transport.options.max_request_size)
+
+    @staticmethod
+    def _packed(batch: bytes) -> bytes:
+        return frame(TEXT, batch)
+
+    def send(self, answer: Answer) -> bool | None:
+        if not answer.replies and not answer.events:
+            return True
+        return super().send(answer)
+
+    def consume(self, connection: Connection) -> None:
+        data, connection.input = connection.input, b""
+        connection.deadline, self._is_pinged = math.inf, False
+        try:
+            for opcode, payload in self._reader.feed(data):
+                self._take_message(opcode, payload)
+                if connection.is_closing:
+                    break
+        except WebSocketError as error:
+            self._http.logger.info("refused a frame from %s: %d %s", self.address, error.code, error)
+            self.close(error.code, str(error))
+        if not connection.is_closing and not connection.output:
+            connection.deadline = time.monotonic() + connection.idle_time
+        connection.watch.give_back(connection)
+
+    def _take_message(self, opcode: int, payload: Any) -> None:
+        if opcode == TEXT:
+            self._take_batch(payload)
+        elif opcode == PING:
+            self._connection.push(frame(PONG, payload))
+        elif opcode == CLOSE:                   # answered with its own code (RFC 6455, "Close")
+            self.close(payload[0])
+        elif opcode == BINARY:
+            raise WebSocketError(UNSUPPORTED_DATA, "batches are text")
+
+    def _take_batch(self, text: str) -> None:
+        try:
+            messages = decode_batch([text])
+        except BayeuxError as error:
+            self._http.logger.info("refused a batch from %s: %s", self.address, error)
+            refusal = encode_json([{"successful": False, "error": str(error)}])
+            self._connection.push(self._packed(refusal.encode("utf-8")))
+        else:
+            self._http.core.receive(messages, SocketExchange(self, len(text), self._http.options))
+
+    def expired(self, connection: Connection) -> None:
+        """The peer has been silent: is it still there?"""
+        if self._is_pinged:
+            self._http.logger.info("a WebSocket from %s is silent, and closed", self.address)
+            connection.watch.close(connection)
+        else:
+            self._is_pinged = True
+            connection.deadline = time.monotonic() + connection.idle_time
+            connection.push(frame(PING, b""))
+
+    def close(self, code: int, reason: str = "") -> None:
+        self._connection.push(close_frame(code, reason), is_last=True)
+
+
+class SocketExchange(Exchange):
+    """One batch that came over a WebSocket."""
+
+    __slots__ = ("is_large", "stream")
+    transport = WEBSOCKET
+
+    def __init__(self, stream: WebSocket, size: int, options: Options) -> None:
+        super().__init__()
+        self.stream = stream
+        self.is_large = size > options.max_message_size
+
+    @property
+    def address(self) -> str:
+        return self.stream.address
+
+    @property
+    def browser(self) -> str | None:
+        return self.stream.browser
+
+    def give_up(self) -> None:
+        self.stream.give_up()
+
+    def send(self, answer: Answer) -> bool | None:
+        return self.stream.send(answer)
+
+
+def browser_of(cookie: str | None) -> str | None:
+    match = BROWSER_COOKIE.search(cookie) if cookie else None
+    return match[1] if match else None
 
 
 def connection_header(version: tuple[int, int], is_last: bool) -> str:
@@ -2640,27 +3185,24 @@ class HttpTransport:
                 request = self._next_request(connection)
             except HTTPFault as fault:
                 self._refuse(connection, connection.request, fault, is_last=True)
-                return self._give_back(connection)
+                return self._watch.give_back(connection)
             if request is None:
                 return
             connection.deadline = math.inf      # from here the time is ours, not the client's
             self._respond(connection, request)
             if not self._watch.is_led_here():
-                return self._give_back(connection)
+                return self._watch.give_back(connection)
             if not connection.input or connection.is_closing or connection.output:
                 return
+            if connection.protocol is not self:
+                break                           # it has been upgraded, and its new protocol has input already
         self._watch.resume(connection)
-
-    def _give_back(self, connection: Connection) -> None:
-        """Where this thread has stepped aside, the connection is not watched until its leader gets it back."""
-        if not self._watch.is_led_here():
-            self._watch.resume(connection)
 
     def expired(self, connection: Connection) -> None:
         if connection.input or connection.request is not None:
             self._refuse(connection, connection.request, HTTPFault(
                 408, f"The request did not arrive within {self.options.request_timeout:g} s"), is_last=True)
-            self._give_back(connection)
+            self._watch.give_back(connection)
         else:
             self._watch.close(connection)
 
@@ -2669,6 +3211,12 @@ class HttpTransport:
         if isinstance(exchange, HttpExchange):
             self.core.hang_up(exchange)
             self.end_request(exchange)
+
+    def close_streams(self) -> None:
+        """The server stops: say so where the protocol has a word for it."""
+        for connection in list(self._watch.connections):
+            if isinstance(connection.protocol, WebSocket):
+                connection.protocol.close(GOING_AWAY, "the server is stopping")
 
     # -- Reading a request -----------------------------------------------------------------
 
@@ -2823,6 +3371,10 @@ class HttpTransport:
             raise HTTPFault(405, "Bayeux comes by POST, or by GET as JSONP", Allow="GET, OPTIONS, POST")
         if self.is_stopping:
             raise HTTPFault(503, "The server is stopping", Retry_After=str(BUSY_RETRY))
+        if request.method == "GET" and "upgrade" in request.headers:
+            return self._upgrade(connection, request)
+        if request.method == "GET" and "text/event-stream" in request.headers.get("accept", ""):
+            return self._open_event_stream(connection, request)
         if request.method == "GET":
             callback: str | None = self._callback(request)
             if callback is None:
@@ -2842,7 +3394,37 @@ class HttpTransport:
         name = urllib.parse.parse_qs(request.query).get("jsonp", ["jsonpcallback"])[-1]
         return name if len(name) <= MAX_CALLBACK_LENGTH and JSONP_CALLBACK.fullmatch(name) else None
 
-    def _begin_request(self, exchange: HttpExchange) -> None:
+    def _upgrade(self, connection: Connection, request: Request) -> None:
+        """(RFC 6455, "Reading the Client's Opening Handshake").  A subprotocol is none of ours, and not selected."""
+        headers = request.headers
+        options = [each.strip() for each in headers.get("connection", "").lower().split(",")]
+        if headers["upgrade"].lower() != "websocket" or "upgrade" not in options or request.version < (1, 1):
+            raise HTTPFault(400, "websocket is the only upgrade known here, by Connection - Upgrade in HTTP/1.1")
+        if headers.get("sec-websocket-version") != "13":
+            raise HTTPFault(426, "Version 13 of WebSocket is spoken here", Upgrade="websocket",
+                            Sec_WebSocket_Version="13")
+        key = headers.get("sec-websocket-key", "")
+        if not WEBSOCKET_KEY.fullmatch(key):
+            raise HTTPFault(400, "Sec-WebSocket-Key must be 16 bytes in base64")
+        stream = WebSocket(self, connection, request)
+        self._begin_request(stream)
+        connection.protocol, connection.idle_time = stream, self.options.ping_interval or math.inf
+        connection.write((f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                          f"Sec-WebSocket-Accept: {websocket_accept(key)}\r\n\r\n").encode("latin-1"))
+
+    def _open_event_stream(self, connection: Connection, request: Request) -> None:
+        """Faye's way: the last segment of the path is the clientId."""
+        stream = EventStream(self, connection, request)
+        self._begin_request(stream)
+        connection.idle_time = self.options.ping_interval or math.inf
+        connection.protocol = stream
+        head = ("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-store\r\n"
+                f"{request.cors}Connection: close\r\n\r\n:\r\n\r\n")      # and a comment, so that something comes
+        connection.write(head.encode("latin-1"))
+        if not self.core.attach(request.path.rpartition("/")[2], stream):
+            connection.push(b"", is_last=True)
+
+    def _begin_request(self, exchange: HttpExchange | HttpStream) -> None:
         limit = self.options.client_max_connections
         if limit:
             with self.core.condition:
@@ -2851,7 +3433,7 @@ class HttpTransport:
                                     Retry_After=str(BUSY_RETRY))
                 self._open_requests[exchange.address] += 1
 
-    def end_request(self, exchange: HttpExchange) -> None:
+    def end_request(self, exchange: HttpExchange | HttpStream) -> None:
         if self.options.client_max_connections:
             with self.core.condition:
                 if exchange.is_counted:
@@ -3248,6 +3830,7 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
             while self.watch.is_busy() and time.monotonic() < deadline:
                 self.watch.has_ended.wait(0.01)
             self._wait.stop()
+            self.http.close_streams()
             self.watch.stop()
             self.watch.has_ended.wait(max(0.1, deadline - time.monotonic()))
         else:
@@ -3310,6 +3893,16 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
             TypeError, ValueError: JSON cannot hold the data.
         """
         self.core.publish(channel, data, client_id, id, ext)
+
+    @property
+    def sessions(self) -> list[Session]:
+        """The sessions there are now, to be looked at, not to be changed (but for flags)."""
+        with self.core.condition:
+            return list(self.core.sessions.values())
+
+    def end_session(self, client_id: str, reason: str) -> None:
+        """End a session.  Its client is told the reason, now or when it comes back.  Raises BayeuxError 402."""
+        self.core.disconnect(client_id, reason)
 
     def client_push(self, client_id: str, channel: str, data: Any = None, **extra: Any) -> None:
         """Send one client a message that is no answer and no publish.  Raises BayeuxError 402, 405."""
