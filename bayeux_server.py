@@ -2088,7 +2088,7 @@ class LongPollWait(threading.Thread):
 # come between fragments.  What a client sends is masked: each byte xor one of four key bytes.
 # ======================================================================================
 
-CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+CONTINUATION_FRAME, TEXT_FRAME, BINARY_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 FIN, RESERVED, IS_CONTROL, MASKED = 0x80, 0x70, 0x8, 0x80
 MAX_CONTROL_PAYLOAD = 125               # bytes (RFC 6455, "Control Frames")
 WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")
@@ -2126,9 +2126,9 @@ def frame(opcode: int, payload: bytes) -> bytes:
 def close_frame(code: int, reason: str = "") -> bytes:
     """code NO_CODE: without one, in answer to a close without one."""
     if code == NO_CODE:
-        return frame(CLOSE, b"")
+        return frame(CLOSE_FRAME, b"")
     text = reason.encode("utf-8")[:MAX_CONTROL_PAYLOAD - 2].decode("utf-8", "ignore").encode("utf-8")
-    return frame(CLOSE, code.to_bytes(2, "big") + text)
+    return frame(CLOSE_FRAME, code.to_bytes(2, "big") + text)
 
 
 def unmask(payload: bytes, key: bytes) -> bytes:
@@ -2149,7 +2149,7 @@ class FrameReader:
     def __init__(self, max_size: int) -> None:
         self._max_size = max_size
         self._buffer = b""
-        self._opcode = CONTINUATION             # of the message whose fragments are being read; else this
+        self._opcode = CONTINUATION_FRAME       # of the message whose fragments are being read; else this
         self._fragments: list = []              # text, or bytes
         self._size = 0
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
@@ -2157,8 +2157,8 @@ class FrameReader:
     def feed(self, data: bytes) -> Iterator[tuple[int, Any]]:
         """The messages that data completes, one by one: (opcode, payload).
 
-        Payloads are text for TEXT, (code, reason) for CLOSE, and bytes.  What came before a fault is given
-        before WebSocketError is raised.
+        Payloads are text for TEXT_FRAME, (code, reason) for CLOSE_FRAME, and bytes.  What came before a fault
+        is given before WebSocketError is raised.
         """
         self._buffer = self._buffer + data if self._buffer else data
         while True:
@@ -2167,10 +2167,10 @@ class FrameReader:
                 return
             is_final, opcode, payload = parsed
             if opcode & IS_CONTROL:
-                yield opcode, self._close_payload(payload) if opcode == CLOSE else payload
+                yield opcode, self._close_payload(payload) if opcode == CLOSE_FRAME else payload
             elif self._take_fragment(is_final, opcode, payload):
-                message = "".join(self._fragments) if self._opcode == TEXT else b"".join(self._fragments)
-                opcode, self._opcode, self._fragments, self._size = self._opcode, CONTINUATION, [], 0
+                message = "".join(self._fragments) if self._opcode == TEXT_FRAME else b"".join(self._fragments)
+                opcode, self._opcode, self._fragments, self._size = self._opcode, CONTINUATION_FRAME, [], 0
                 yield opcode, message
 
     def _next_frame(self) -> tuple[bool, int, bytes] | None:
@@ -2198,14 +2198,14 @@ class FrameReader:
     def _check_head(self, first: int, second: int, opcode: int) -> None:
         if first & RESERVED:
             raise WebSocketError(PROTOCOL_ERROR, "reserved bits are set, but no extension was agreed on")
-        if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
+        if opcode not in (CONTINUATION_FRAME, TEXT_FRAME, BINARY_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME):
             raise WebSocketError(PROTOCOL_ERROR, f"opcode {opcode} is not defined")
         if not second & MASKED:                 # a client MUST mask (RFC 6455, "Overview" of "Data Framing")
             raise WebSocketError(PROTOCOL_ERROR, "a client's frames must be masked")
         if opcode & IS_CONTROL:
             if not first & FIN or second & 0x7F > MAX_CONTROL_PAYLOAD:
                 raise WebSocketError(PROTOCOL_ERROR, "a control frame is fragmented, or too long")
-        elif (opcode == CONTINUATION) == (self._opcode == CONTINUATION):
+        elif (opcode == CONTINUATION_FRAME) == (self._opcode == CONTINUATION_FRAME):
             raise WebSocketError(PROTOCOL_ERROR, "a continuation without a beginning, or the other way round")
 
     def _take_fragment(self, is_final: bool, opcode: int, payload: bytes) -> bool:
@@ -2213,7 +2213,7 @@ class FrameReader:
         self._opcode = opcode or self._opcode
         self._size += len(payload)
         try:
-            self._fragments.append(self._decode(payload, is_final) if self._opcode == TEXT else payload)
+            self._fragments.append(self._decode(payload, is_final) if self._opcode == TEXT_FRAME else payload)
         except UnicodeDecodeError:
             raise WebSocketError(BAD_DATA, "a text is not UTF-8") from None
         return is_final
@@ -3041,7 +3041,7 @@ class WebSocket(HttpStream):
 
     @staticmethod
     def _packed(batch: bytes) -> bytes:
-        return frame(TEXT, batch)
+        return frame(TEXT_FRAME, batch)
 
     def send(self, answer: Answer) -> bool | None:
         if not answer.replies and not answer.events:
@@ -3064,13 +3064,13 @@ class WebSocket(HttpStream):
         connection.watch.give_back(connection)
 
     def _take_message(self, opcode: int, payload: Any) -> None:
-        if opcode == TEXT:
+        if opcode == TEXT_FRAME:
             self._take_batch(payload)
-        elif opcode == PING:
-            self._connection.push(frame(PONG, payload))
-        elif opcode == CLOSE:                   # answered with its own code (RFC 6455, "Close")
+        elif opcode == PING_FRAME:
+            self._connection.push(frame(PONG_FRAME, payload))
+        elif opcode == CLOSE_FRAME:             # answered with its own code (RFC 6455, "Close")
             self.close(payload[0])
-        elif opcode == BINARY:
+        elif opcode == BINARY_FRAME:
             raise WebSocketError(UNSUPPORTED_DATA, "batches are text")
 
     def _take_batch(self, text: str) -> None:
@@ -3091,7 +3091,7 @@ class WebSocket(HttpStream):
         else:
             self._is_pinged = True
             connection.deadline = time.monotonic() + connection.idle_time
-            connection.push(frame(PING, b""))
+            connection.push(frame(PING_FRAME, b""))
 
     def close(self, code: int, reason: str = "") -> None:
         self._connection.push(close_frame(code, reason), is_last=True)
