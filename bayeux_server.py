@@ -818,6 +818,10 @@ class Session:
             self.is_urgent = True
             core.make_ready(self)
 
+    def forget(self, pattern: str) -> None:
+        """The subscription is over.  Under the lock."""
+        self.subscriptions.discard(pattern)
+
     def acknowledge(self, batch: Any) -> None:
         """The client has seen all replies up to batch; what later ones took comes first again.  Under the lock."""
         seen = batch if is_number(batch) else 0         # a client may begin with null, 0 or -1
@@ -1273,9 +1277,10 @@ class Bayeux:
             elif session.ack:
                 session.batch += 1
                 turn.events = self._take_events(session)
+            batch = session.batch if session.ack else None
             self.make_ready(session)
         turn.connecting = session
-        return [] if patience > 0 else self._finish(session, message, reply, session.batch if session.ack else None)
+        return [] if patience > 0 else self._finish(session, message, reply, batch)
 
     def _begin_connect(self, session: Session, message: dict, turn: Turn) -> None:
         """What every connect does: acknowledge, release the older, show where the session's events go from now on."""
@@ -1402,7 +1407,7 @@ class Bayeux:
 
     def _remove_subscription(self, subscriber: Session | LocalClient, pattern: str) -> None:
         assert self.lock.locked()
-        subscriber.subscriptions.discard(pattern)
+        subscriber.forget(pattern)
         self.registry.discard(pattern, subscriber)
         self._tell("unsubscribe", client_id=subscriber.id, channel=pattern)
 
@@ -1628,6 +1633,7 @@ class Bayeux:
                 return False
             self._attach(session, stream)
             self.make_ready(session)
+            self._schedule(session)
         self.wake()
         return True
 
@@ -1663,8 +1669,9 @@ class Bayeux:
     def _take_answer(self, session: Session) -> Answer:
         if session.uses_stream:
             return Answer(session.stream, [], session, self._take_events(session, self.options.max_frame_events))
+        limit = self.options.max_frame_events if session.stream is not None else None
         answer = self._take_hold(session.hold)
-        answer.events = self._take_events(session)
+        answer.events = self._take_events(session, limit)
         return answer
 
     @staticmethod
@@ -1963,7 +1970,6 @@ class LocalClient:
         with self._core.condition:
             self._require_open()
             self._core.require_subscription(self, channel)
-            self._callbacks.pop(channel, None)
             self._core._remove_subscription(self, channel)
         self._core.wake()
 
@@ -1994,6 +2000,11 @@ class LocalClient:
             self._mailbox.put(event)
             if len(self._mailbox.items) > core.options.max_queue:
                 core.overfull.append(self)
+
+    def forget(self, pattern: str) -> None:
+        """The subscription is over.  Under the lock."""
+        self.subscriptions.discard(pattern)
+        self._callbacks.pop(pattern, None)
 
     def end(self, reason: str, core: Bayeux) -> None:
         """Leave the server.  Under the lock."""
@@ -2209,13 +2220,15 @@ class FrameReader:
             raise WebSocketError(PROTOCOL_ERROR, "a continuation without a beginning, or the other way round")
 
     def _take_fragment(self, is_final: bool, opcode: int, payload: bytes) -> bool:
-        """Keep the fragment; whether the message is complete.  Text is checked as it comes, inside a character too."""
+        """Keep the fragment; whether the message is complete.  Text is checked at once, within a character too."""
         self._opcode = opcode or self._opcode
         self._size += len(payload)
         try:
-            self._fragments.append(self._decode(payload, is_final) if self._opcode == TEXT_FRAME else payload)
+            part = self._decode(payload, is_final) if self._opcode == TEXT_FRAME else payload
         except UnicodeDecodeError:
             raise WebSocketError(BAD_DATA, "a text is not UTF-8") from None
+        if part:                                # empty fragments without end must not fill the memory
+            self._fragments.append(part)
         return is_final
 
     @staticmethod
@@ -2302,7 +2315,7 @@ class Connection:
 
     __slots__ = ("address", "deadline", "events", "exchange", "idle_time", "input", "is_arriving", "is_closed",
                  "is_closing", "is_handled", "lock", "output", "protocol", "request", "socket", "source", "watch",
-                 "when_written")
+                 "when_written", "written")
 
     def __init__(self, client_socket: socket.socket, address: str, watch: Watch, protocol: Any) -> None:
         self.socket = client_socket
@@ -2315,8 +2328,9 @@ class Connection:
         self.exchange: Any | None = None                 # being answered
         self.output = b""
         self.source: FileSource | None = None               # of more output
-        self.when_written: list[Callable[[bool], None]] = []
-        self.idle_time = KEEP_ALIVE                         # after an exchange
+        self.when_written: list[tuple[int, Callable[[bool], None]]] = []     # at which byte, whom to tell
+        self.written = 0                                    # bytes of output, ever
+        self.idle_time: float | None = None                 # after an exchange; None: KEEP_ALIVE
         self.is_handled = False                             # by a thread that does not lead
         self.is_arriving = False                            # a request has begun to come
         self.is_closing = False
@@ -2398,7 +2412,7 @@ class Connection:
         """For flush(), as the peer has no room now."""
         self.output += data
         if when_written is not None:
-            self.when_written.append(when_written)
+            self.when_written.append((self.written + len(self.output), when_written))
         self.deadline = time.monotonic() + self.watch.patience
 
     def write_interim(self, data: bytes) -> None:
@@ -2412,22 +2426,24 @@ class Connection:
 
     def flush(self) -> None:
         """Write more of what waits, as there is room now; not without end, or others would wait.  The leader's."""
-        written: list[Callable[[bool], None]] = []
         with self.lock:
             try:
                 is_written = any(self._write_part() for _ in range(PARTS_AT_ONCE))
             except WOULD_BLOCK:
-                return
+                is_written = None
             except (OSError, ValueError):       # ValueError: a file that has shrunk
                 self._drop_output()
                 self._shut(socket.SHUT_RDWR)
                 is_written = False
+            written = []
+            while self.when_written and self.when_written[0][0] <= self.written:
+                written.append(self.when_written.pop(0)[1])
             if is_written:
-                written, self.when_written = self.when_written, []
                 self._finish_exchange()
         for when_written in written:
             when_written(True)
-        self.watch.resume(self)
+        if is_written is not None:
+            self.watch.resume(self)
 
     def _write_part(self) -> bool:
         """Some of the output; whether all of it is written now."""
@@ -2436,7 +2452,9 @@ class Connection:
             if not self.output:
                 self._drop_output()
         if self.output:
-            self.output = self.output[self.send(self.output):]
+            sent = self.send(self.output)
+            self.written += sent
+            self.output = self.output[sent:]
             self.deadline = time.monotonic() + self.watch.patience
         return not self.output and self.source is None
 
@@ -2452,7 +2470,7 @@ class Connection:
         """The answer is written: the connection is free for the next request, or closing."""
         assert self.lock.locked()
         self.exchange = None
-        self.deadline = time.monotonic() + (LINGER if self.is_closing else self.idle_time)
+        self.deadline = time.monotonic() + (LINGER if self.is_closing else self.idle_time or KEEP_ALIVE)
         if self.is_closing:
             self._shut(socket.SHUT_WR)          # and wait for the peer's end, or a reset may overtake the answer
 
@@ -2477,7 +2495,7 @@ class Connection:
             self.socket.close()
             lost, self.when_written = self.when_written, []
             self._drop_output()
-        for when_written in lost:
+        for _, when_written in lost:
             when_written(False)
         self.protocol.lost(self)
 
@@ -2996,8 +3014,11 @@ class HttpStream(Stream):
     def send(self, answer: Answer) -> bool | None:
         batch = answer.batch()
         self._http.logger.debug("to %s: %.1000s", self.address, batch)
-        return self._connection.push(self._packed(batch.encode("utf-8")),
-                                     when_written=partial(self._http.core.settle_later, answer))
+        is_written = self._connection.push(self._packed(batch.encode("utf-8")),
+                                           when_written=partial(self._http.core.settle_later, answer))
+        if is_written is False:                 # it is closing: its sessions must find another way
+            self._http.core.detach(self)
+        return is_written
 
 
 class EventStream(HttpStream):
@@ -3059,9 +3080,10 @@ class WebSocket(HttpStream):
         except WebSocketError as error:
             self._http.logger.info("refused a frame from %s: %d %s", self.address, error.code, error)
             self.close(error.code, str(error))
-        if not connection.is_closing and not connection.output:
-            connection.deadline = time.monotonic() + connection.idle_time
-        connection.watch.give_back(connection)
+        finally:
+            if not connection.is_closing and not connection.output:
+                connection.deadline = time.monotonic() + connection.idle_time
+            connection.watch.give_back(connection)
 
     def _take_message(self, opcode: int, payload: Any) -> None:
         if opcode == TEXT_FRAME:
@@ -3081,7 +3103,7 @@ class WebSocket(HttpStream):
             refusal = encode_json([{"successful": False, "error": str(error)}])
             self._connection.push(self._packed(refusal.encode("utf-8")))
         else:
-            self._http.core.receive(messages, SocketExchange(self, len(text), self._http.options))
+            self._http.core.receive(messages, SocketExchange(self, text, self._http.options))
 
     def expired(self, connection: Connection) -> None:
         """The peer has been silent: is it still there?"""
@@ -3094,7 +3116,9 @@ class WebSocket(HttpStream):
             connection.push(frame(PING_FRAME, b""))
 
     def close(self, code: int, reason: str = "") -> None:
+        """Nothing may follow a close frame; what waits for the sessions waits for their next connection."""
         self._connection.push(close_frame(code, reason), is_last=True)
+        self._http.core.detach(self)
 
 
 class SocketExchange(Exchange):
@@ -3103,10 +3127,10 @@ class SocketExchange(Exchange):
     __slots__ = ("is_large", "stream")
     transport = WEBSOCKET
 
-    def __init__(self, stream: WebSocket, size: int, options: Options) -> None:
+    def __init__(self, stream: WebSocket, text: str, options: Options) -> None:
         super().__init__()
         self.stream = stream
-        self.is_large = size > options.max_message_size
+        self.is_large = 4 * len(text) > options.max_message_size     # characters take up to 4 bytes
 
     @property
     def address(self) -> str:
@@ -3371,7 +3395,7 @@ class HttpTransport:
             raise HTTPFault(405, "Bayeux comes by POST, or by GET as JSONP", Allow="GET, OPTIONS, POST")
         if self.is_stopping:
             raise HTTPFault(503, "The server is stopping", Retry_After=str(BUSY_RETRY))
-        if request.method == "GET" and "upgrade" in request.headers:
+        if request.method == "GET" and "websocket" in request.headers.get("upgrade", "").lower():
             return self._upgrade(connection, request)
         if request.method == "GET" and "text/event-stream" in request.headers.get("accept", ""):
             return self._open_event_stream(connection, request)
@@ -3398,8 +3422,8 @@ class HttpTransport:
         """(RFC 6455, "Reading the Client's Opening Handshake").  A subprotocol is none of ours, and not selected."""
         headers = request.headers
         options = [each.strip() for each in headers.get("connection", "").lower().split(",")]
-        if headers["upgrade"].lower() != "websocket" or "upgrade" not in options or request.version < (1, 1):
-            raise HTTPFault(400, "websocket is the only upgrade known here, by Connection - Upgrade in HTTP/1.1")
+        if "upgrade" not in options or request.version < (1, 1):
+            raise HTTPFault(400, "Upgrade needs Connection - Upgrade, and HTTP/1.1")
         if headers.get("sec-websocket-version") != "13":
             raise HTTPFault(426, "Version 13 of WebSocket is spoken here", Upgrade="websocket",
                             Sec_WebSocket_Version="13")
