@@ -802,7 +802,7 @@ class Session:
         self.hold: Hold | None = None
         self.is_ready = False               # stands in the core's queue of sessions with something to say
         self.lease = math.inf               # when it ends, unless it is heard of before
-        self.timer: float | None = None  # when the wait looks at it next
+        self.timer: float | None = None     # when the wait looks at it next
 
     def __repr__(self) -> str:
         return f"<Session {self.id} from {self.address}>"
@@ -2324,11 +2324,11 @@ class Connection:
         self.protocol = protocol
         self.lock = threading.Lock()
         self.input = b""
-        self.request: Request | None = None              # being read
-        self.exchange: Any | None = None                 # being answered
+        self.request: Request | None = None                 # being read
+        self.exchange: Any | None = None                    # being answered
         self.output = b""
         self.source: FileSource | None = None               # of more output
-        self.when_written: list[tuple[int, Callable[[bool], None]]] = []     # at which byte, whom to tell
+        self.when_written: list[tuple[int, Callable[[bool], None]]] = []    # at which byte, whom to tell
         self.written = 0                                    # bytes of output, ever
         self.idle_time: float | None = None                 # after an exchange; None: KEEP_ALIVE
         self.is_handled = False                             # by a thread that does not lead
@@ -2410,10 +2410,11 @@ class Connection:
 
     def _keep(self, data: bytes, when_written: Callable[[bool], None] | None) -> None:
         """For flush(), as the peer has no room now."""
+        if not self.output:                     # else the peer's time is running already
+            self.deadline = time.monotonic() + self.watch.patience
         self.output += data
         if when_written is not None:
             self.when_written.append((self.written + len(self.output), when_written))
-        self.deadline = time.monotonic() + self.watch.patience
 
     def write_interim(self, data: bytes) -> None:
         """Send a few bytes before the answer (100 Continue).  Where there is no room for them they are left out."""
@@ -2795,7 +2796,7 @@ class Request:
         self.is_secure = False
         self.cors = ""                                  # headers for an allowed foreign origin
         self.missing = 0                                # bytes of the body that are still to come
-        self.chunks: ChunkedBody | None = None       # or this tells
+        self.chunks: ChunkedBody | None = None          # or this tells
 
     @property
     def wants_keep_alive(self) -> bool:
