@@ -1485,6 +1485,9 @@ class Bayeux:
                 self._tell("publish", **notice)
 
     def _own_event(self, session: Session, event: Event) -> Event | None:
+        """The event as the extensions leave it for one session; None where one drops or spoils it."""
+        if not self._outgoing:
+            return event
         message = self._through_extensions(session, json.loads(event.text))
         try:
             return Event(message, is_lazy=event.is_lazy) if message is not None else None
@@ -1855,19 +1858,16 @@ class Bayeux:
     def client_push(self, client_id: str, channel: str, data: Any = None, **extra: Any) -> None:
         if not is_channel_name(channel) or channel.startswith(META):
             raise BayeuxError(405, channel, "Bad channel name")
-        fields = {"channel": channel, "data": data, **extra}
+        event = Event({"channel": channel, "data": data, **extra})
         with self.condition:
             subscriber = self.subscriber(client_id)
-        if isinstance(subscriber, Session):
-            fields = self._through_extensions(subscriber, fields)
-        if fields is not None:
-            event = Event(fields)
-            with self.condition:
-                if not subscriber.ended:
-                    subscriber.accept(event, self)
-                self._end_overfull()
-                self._tell("client_push", client_id=client_id, channel=channel, data=data, **extra)
-            self.wake()
+        own_event = self._own_event(subscriber, event) if isinstance(subscriber, Session) else event
+        with self.condition:
+            if own_event is not None and not subscriber.ended:
+                subscriber.accept(own_event, self)
+            self._end_overfull()
+            self._tell("client_push", client_id=client_id, channel=channel, data=data, **extra)
+        self.wake()
 
     def disconnect(self, client_id: str, reason: str) -> None:
         with self.condition:
@@ -2326,7 +2326,7 @@ class Connection:
         self.input = b""
         self.request: Request | None = None                 # being read
         self.exchange: Any | None = None                    # being answered
-        self.output = b""
+        self.output: bytes | memoryview = b""               # a view, as bytes would be copied for each part sent
         self.source: FileSource | None = None               # of more output
         self.when_written: list[tuple[int, Callable[[bool], None]]] = []    # at which byte, whom to tell
         self.written = 0                                    # bytes of output, ever
@@ -2412,7 +2412,7 @@ class Connection:
         """For flush(), as the peer has no room now."""
         if not self.output:                     # else the peer's time is running already
             self.deadline = time.monotonic() + self.watch.patience
-        self.output += data
+        self.output = memoryview(bytes(self.output) + data)
         if when_written is not None:
             self.when_written.append((self.written + len(self.output), when_written))
 
@@ -2449,7 +2449,7 @@ class Connection:
     def _write_part(self) -> bool:
         """Some of the output; whether all of it is written now."""
         if not self.output and self.source is not None:
-            self.output = next(self.source, b"")
+            self.output = memoryview(next(self.source, b""))
             if not self.output:
                 self._drop_output()
         if self.output:
@@ -2464,7 +2464,7 @@ class Connection:
             self.source.close()
         self.output, self.source = b"", None
 
-    def send(self, data: bytes) -> int:
+    def send(self, data: bytes | memoryview) -> int:
         return self.socket.send(data)
 
     def _finish_exchange(self) -> None:
@@ -2513,7 +2513,7 @@ class TLSConnection(Connection):
                 data += super().receive() or b""
             return data
 
-    def send(self, data: bytes) -> int:
+    def send(self, data: bytes | memoryview) -> int:
         return self.socket.send(data[:RECEIVE_SIZE])    # all or nothing: so not all at once, or a slow peer gets none
 
 
