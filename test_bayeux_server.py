@@ -10,11 +10,24 @@ README's promises follow from them.  An error that the server logs and no test e
 """
 from __future__ import annotations
 
+import ast
+import concurrent.futures
+import dataclasses
+import email.utils
+import http.client
 import json
 import logging
+import os
 import pathlib
+import random
+import re
+import runpy
+import shutil
+import signal
 import socket
 import ssl
+import struct
+import subprocess
 import sys
 import threading
 import time
@@ -221,7 +234,7 @@ class Wire:
         lines = [f"{method} {target} HTTP/1.1", "Host: 127.0.0.1"]
         lines += ["{}: {}".format(name.replace("_", "-"), value) for name, value in headers.items()]
         if body:
-            lines.append("Content-Length: %d" % len(body))
+            lines.append(f"Content-Length: {len(body)}")
         self.send("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
 
     def post(self, *messages, **headers):
@@ -315,9 +328,5573 @@ def errors():
     assert handler.records == [], "the server logged errors that the test did not expect"
 
 
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A certificate for localhost, signed by itself: paths of certificate and key."""
+    if shutil.which("openssl") is None and not os.environ.get("CI"):
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("certificate")
+    cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+                    "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert],
+                   check=True, capture_output=True)
+    return cert, key
+
+
 def wait_until(condition, what="the condition"):
     """Look again and again; for state that announces itself in no other way."""
     limit = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < limit, f"{what} did not come true"
         time.sleep(0.005)
+
+
+# ======================================================================================
+# §1  Options
+# ======================================================================================
+
+def any_function(*arguments):
+    """Stands for the application's code where a test only wants it to be accepted."""
+
+
+WRONG_VALUES = [
+    ("host", "", "a text"), ("host", None, "a text"), ("host", 7, "a text"),
+    ("port", -1, "0 to 65535"), ("port", 65536, "0 to 65535"), ("port", "8080", "0 to 65535"),
+    ("port", True, "0 to 65535"), ("port", 8080.0, "0 to 65535"), ("port", None, "0 to 65535"),
+    ("path", "cometd", "absolute path"), ("path", "/", "absolute path"), ("path", "/cometd/", "absolute path"),
+    ("path", "/a b", "absolute path"), ("path", None, "absolute path"),
+    ("alias", "", "a text"), ("alias", 1, "a text"),
+    ("docroot", "/no such folder", "folder that exists"), ("docroot", 1, "folder that exists"),
+    ("directory_index", "index.html", "a list of file names"),
+    ("directory_index", ["a/b.html"], "a list of file names"), ("directory_index", [1], "a list of file names"),
+    ("type_expires", [("image/png", 1)], "image/png=3600"), ("type_expires", {"png": 1}, "image/png=3600"),
+    ("type_expires", {"image/png": "1"}, "image/png=3600"), ("type_expires", {"image/png": -1}, "image/png=3600"),
+    ("tls_cert", 1, "a file's path"), ("tls_key", 1, "a file's path"), ("tls_context", "tls", "ssl.SSLContext"),
+    ("anon_publish", 1, "True or False"), ("anon_publish", None, "True or False"),
+    ("allowed_origins", "https://example.org", "a list of origins"),
+    ("allowed_origins", ["example.org"], "a list of origins"),
+    ("allowed_origins", ["https://example.org/"], "a list of origins"), ("allowed_origins", None, "a list of origins"),
+    ("trusted_proxies", "127.0.0.1", "a list of IP addresses"),
+    ("trusted_proxies", ["localhost"], "a list of IP addresses"), ("trusted_proxies", [1], "a list of IP addresses"),
+    ("bind_sessions", "yes", "True or False"),
+    ("timeout", -1, "seconds, 0 or more"), ("timeout", "30", "seconds, 0 or more"),
+    ("timeout", float("nan"), "seconds, 0 or more"), ("timeout", float("inf"), "seconds, 0 or more"),
+    ("timeout", True, "seconds, 0 or more"), ("timeout", None, "seconds, 0 or more"),
+    ("interval", -0.5, "seconds, 0 or more"),
+    ("connect_timeout", 0, "seconds, 0.001 or more"), ("request_timeout", 0, "seconds, 0.001 or more"),
+    ("ping_interval", -1, "seconds, 0 or more"), ("max_inactivity", "never", "seconds, 0 or more"),
+    ("max_lazy", None, "seconds, 0 or more"), ("grace", -1, "seconds, 0 or more"),
+    ("client_max_connections", -1, "whole number, 0 or more"),
+    ("client_max_connections", 1.5, "whole number, 0 or more"),
+    ("max_sessions", 0, "whole number, 1 or more"), ("max_sessions_per_browser", -1, "whole number, 0 or more"),
+    ("max_subscriptions", 0, "whole number, 1 or more"), ("max_queue", 0, "whole number, 1 or more"),
+    ("max_message_size", 0, "whole number, 1 or more"), ("max_request_size", 0, "whole number, 1 or more"),
+    ("max_frame_events", 0, "whole number, 1 or more"), ("max_threads", 1, "whole number, 2 or more"),
+    ("ack", 1, "True or False"), ("lazy_channels", "/a", "a list of channels"),
+    ("lazy_channels", ["/a/*/b"], "a list of channels"),
+    ("json_comment_filtered", 1, "True or False"), ("timesync", 0, "True or False"),
+    ("timestamp", "no", "True or False"), ("forward_id", None, "True or False"),
+    ("extensions", [any_function], "a list of objects with incoming"),
+    ("extensions", 1, "a list of objects with incoming"),
+    ("services", [any_function], "names to functions"), ("services", {"echo": 1}, "names to functions"),
+    ("services", {1: any_function}, "names to functions"), ("services", None, "names to functions"),
+    ("message_acl", "deny", "a function"), ("callback", 1, "a function"),
+    ("content_handlers", {"/status": "OK"}, "names to functions"), ("post_handle", 1, "a function"),
+    ("debug", 1, "True or False"), ("log_file", 1, "a file's path"),
+]
+
+RIGHT_VALUES = [
+    ("host", "::1"), ("port", 0), ("port", 65535), ("path", "/a/b-c.d_e~f"), ("docroot", pathlib.Path(".")),
+    ("directory_index", []), ("directory_index", ("a.html", "b.html")), ("type_expires", {"image/png": 0}),
+    ("allowed_origins", {"*"}), ("allowed_origins", ["http://example.org:8000"]),
+    ("trusted_proxies", ["10.0.0.0/8", "::1"]), ("timeout", 0), ("timeout", 0.5), ("connect_timeout", 0.001),
+    ("client_max_connections", 0), ("max_threads", 2), ("services", {"_handler": any_function}),
+    ("callback", any_function),
+    ("content_handlers", {"/status": any_function}), ("extensions", ()),
+]
+
+
+def option_fields():
+    return {row.name: row for row in dataclasses.fields(bayeux_server.Options)}
+
+
+def default_of(row):
+    return row.default if row.default is not dataclasses.MISSING else row.default_factory()
+
+
+class TestOptions:
+    """§1: options are checked when the server is made; an error names the option, the value and what is allowed."""
+
+    @pytest.mark.parametrize(("option", "value", "allowed"), WRONG_VALUES)
+    def test_a_wrong_value_is_refused_by_name(self, option, value, allowed):
+        with pytest.raises(OptionError) as refusal:
+            BayeuxServer(**{"port": 0, option: value})
+        text = str(refusal.value)
+        assert text.startswith(option + " is " + repr(value)) and allowed in text
+
+    @pytest.mark.parametrize(("option", "value"), RIGHT_VALUES)
+    def test_a_right_value_is_taken(self, option, value):
+        assert getattr(bayeux_server.Options(**{option: value}), option) == value
+
+    def test_every_option_has_a_wrong_value_here(self):
+        assert {option for option, _, _ in WRONG_VALUES} == set(option_fields())
+
+    def test_defaults_are_accepted(self):
+        assert bayeux_server.Options().port == 8080
+
+    @pytest.mark.parametrize(("wrong", "meant"), [("time_out", "timeout"), ("Port", "port"), ("doc_root", "docroot"),
+                                                  ("max_session", "max_sessions")])
+    def test_an_unknown_option_is_refused_with_a_suggestion(self, wrong, meant):
+        with pytest.raises(OptionError, match=f"{wrong} is no option; did you mean {meant}"):
+            BayeuxServer(**{wrong: 1})
+
+    def test_an_unknown_option_like_no_other_is_refused_without(self):
+        with pytest.raises(OptionError) as refusal:
+            BayeuxServer(xyzzy=1)
+        assert str(refusal.value) == "xyzzy is no option"
+
+    def test_an_option_error_is_a_value_error(self):
+        with pytest.raises(ValueError):
+            bayeux_server.Options(port=-1)
+
+    def test_an_interval_must_end_before_the_session_does(self):
+        bayeux_server.Options(interval=9, connect_timeout=10)
+        with pytest.raises(OptionError, match=r"interval is 10: .*less than connect_timeout, 10"):
+            bayeux_server.Options(interval=10, connect_timeout=10)
+
+    @pytest.mark.parametrize("half", ["tls_cert", "tls_key"])
+    def test_half_a_certificate_is_refused(self, half):
+        with pytest.raises(OptionError, match=f"{half} is 'x.pem'.*give both, or none"):
+            bayeux_server.Options(**{half: "x.pem"})
+
+    def test_two_ways_to_set_up_tls_contradict(self):
+        with pytest.raises(OptionError, match=r"tls_cert is 'x.pem': with tls_context it must be None"):
+            bayeux_server.Options(tls_cert="x.pem", tls_key="x.pem",
+                                  tls_context=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+
+    @pytest.mark.parametrize("prefix", ["/cometd", "status"])
+    def test_a_content_handler_must_have_a_path_of_its_own(self, prefix):
+        with pytest.raises(OptionError, match=f"content_handlers has '{prefix}': it must be a path"):
+            bayeux_server.Options(content_handlers={prefix: any_function})
+
+    def test_certificates_that_cannot_be_read_are_refused(self, tmp_path):
+        missing = str(tmp_path / "missing.pem")
+        with pytest.raises(OptionError) as refusal:
+            BayeuxServer(port=0, tls_cert=missing, tls_key=missing)
+        assert missing in str(refusal.value) and "PEM files" in str(refusal.value)
+
+    def test_a_log_file_that_cannot_be_written_is_refused(self, tmp_path):
+        with pytest.raises(OptionError, match="log_file is .* a file that can be written"):
+            BayeuxServer(port=0, log_file=str(tmp_path / "missing" / "log"))
+
+    def test_defaults_are_nobody_elses(self):
+        """What one server registers, another does not know."""
+        first, second = bayeux_server.Options(), bayeux_server.Options()
+        for name, row in option_fields().items():
+            assert isinstance(default_of(row), (dict, list, set)) <= (getattr(first, name) is not getattr(second, name))
+        services = {"one": any_function}
+        with BayeuxServer(port=0, services=services) as server:
+            server.service("two")(any_function)
+        assert set(services) == {"one"} and bayeux_server.Options().services == {}
+
+    def test_options_do_not_change(self):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            bayeux_server.Options().port = 1
+
+
+# (Bayeux, "error"), as strict as Faye's client reads it
+ERROR_GRAMMAR = re.compile(r"([1-9][0-9]{2}):([A-Za-z0-9 \-_!~()$@/*.]*):([A-Za-z0-9 \-_!~()$@/*.]+)")
+NOT_JSON_OBJECTS = [None, True, False, 0, -1.5, "", "text", [], [{}], ["/a", 1]]
+ADVICE_HANDSHAKE = {"reconnect": "handshake", "interval": 0}
+
+
+def error_code(reply):
+    """The code of a refusal, whose error is known to be well-formed."""
+    assert reply["successful"] is False, reply
+    match = ERROR_GRAMMAR.fullmatch(reply["error"])
+    assert match, f"no error of the specification's grammar: {reply['error']!r}"
+    return int(match[1])
+
+
+def at_once(*jobs):
+    """Run the jobs at the same time, each on a thread of its own; an exception in one fails the test."""
+    barrier = threading.Barrier(len(jobs))
+    failures = []
+
+    def run(job):
+        try:
+            barrier.wait(PATIENCE)
+            job()
+        except BaseException as failure:
+            failures.append(failure)
+            raise
+
+    threads = [threading.Thread(target=run, args=(job,), daemon=True) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "a thread hangs"
+    for failure in failures:
+        raise failure
+
+
+def sending(core, message, exchange):
+    """Sending the message through the exchange, as a job for at_once."""
+    return lambda: core.core.receive([message], exchange)
+
+
+class SlowExchange(FakeExchange):
+    """An answer that is on its way until the test says how it went."""
+
+    def send(self, answer):
+        self.taken = answer
+        super().send(answer)
+
+    def settle(self, is_written):
+        self.core.settle_later(self.taken, is_written)
+
+
+class WatchedExchange(FakeExchange):
+    """For the long-poll wait's thread: says when the answer was sent, or lost."""
+
+    def __init__(self, core, **fields):
+        super().__init__(core, **fields)
+        self.sent = threading.Event()
+        self.sending = threading.Lock()
+
+    def send(self, answer):
+        with self.sending:
+            is_written = super().send(answer)
+        self.sent.set()
+        return is_written
+
+    def hang_up(self):
+        """Break the connection.  An answer has come by now, or never will."""
+        with self.sending:
+            self.is_broken = True
+        self.core.hang_up(self)
+
+    def wait(self):
+        assert self.sent.wait(PATIENCE), "no answer came"
+        return self.answer
+
+
+# ======================================================================================
+# §2  Channels
+# ======================================================================================
+
+class TestChannels:
+    def test_a_segment_holds_letters_digits_and_eight_signs(self):
+        """N1: tried with every character up to U+02FF, and some that look like digits and letters."""
+        allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_!~()$@/")
+        for character in [chr(code) for code in range(0x300)] + ["\u0661", "\uff21", "\u2028", "\U0001f600"]:
+            name = f"/a{character}b"
+            assert bayeux_server.is_channel_name(name) == (character in allowed), name
+            assert bayeux_server.is_channel_pattern(name) == (character in allowed), name
+
+    @pytest.mark.parametrize("name", ["", "/", "a", "a/b", "//", "//a", "/a/", "/a//b", "/a\n", "\n/a", " /a", "/a ",
+                                      "/a.b", "/a+b", "/a%20b", "/a b", "/\u00e4", "/a?", "/a#b", "/../a"])
+    def test_a_malformed_name_is_no_channel(self, name):
+        """N1: no empty segment, no trailing slash, no other characters."""
+        assert not bayeux_server.is_channel_name(name)
+        assert not bayeux_server.is_channel_pattern(name)
+
+    @pytest.mark.parametrize("pattern", ["/*", "/**", "/chat/*", "/chat/**", "/a/b/c/**"])
+    def test_a_wildcard_may_be_the_last_segment(self, pattern):
+        """N2: and then it is a pattern, but no name."""
+        assert bayeux_server.is_channel_pattern(pattern)
+        assert not bayeux_server.is_channel_name(pattern)
+
+    @pytest.mark.parametrize("pattern", ["*", "**", "/*/demo", "/**/demo", "/*/*", "/**/**", "/a*", "/*a", "/a/b*",
+                                         "/***", "/a/***", "/a/*/", "/a**", "/a/*b/c"])
+    def test_a_wildcard_anywhere_else_is_no_pattern(self, pattern):
+        """N2"""
+        assert not bayeux_server.is_channel_pattern(pattern)
+
+    @pytest.mark.parametrize(("pattern", "matching", "others"), [
+        ("/chat/*", ["/chat/demo"], ["/chat", "/chat/demo/sub", "/chatter/demo"]),
+        ("/chat/**", ["/chat/demo", "/chat/demo/sub"], ["/chat", "/chatter/demo"]),
+        ("/*", ["/chat"], ["/chat/demo"]),
+        ("/**", ["/chat", "/chat/demo", "/chat/demo/sub"], []),
+        ("/chat/demo", ["/chat/demo"], ["/chat", "/chat/demo/sub", "/Chat/demo", "/chat/demo2"]),
+    ])
+    def test_the_originals_patterns(self, core, pattern, matching, others):
+        """N2: which channels a pattern receives."""
+        subscriber = core.handshake()
+        core.subscribe(subscriber, pattern)
+        for channel in others + matching:
+            core.core.publish(channel, channel)
+        assert [event["channel"] for event in core.events(subscriber)] == matching
+
+    def test_patterns_matching_agrees_with_the_grammar_read_naively(self):
+        """N2: every name of up to three segments against every pattern of up to four."""
+        def matches(pattern, name):
+            wanted, given = pattern.split("/")[1:], name.split("/")[1:]
+            if wanted[-1] == "*":
+                return len(given) == len(wanted) and given[:-1] == wanted[:-1]
+            if wanted[-1] == "**":
+                return len(given) >= len(wanted) and given[:len(wanted) - 1] == wanted[:-1]
+            return wanted == given
+
+        stems = ["", "/a", "/b", "/a/a", "/a/b", "/b/a", "/b/b", "/a/b/a", "/b/b/b"]
+        names = stems[1:]
+        patterns = names + [stem + end for stem in stems for end in ("/*", "/**")]
+        registry = bayeux_server.ChannelRegistry()
+        for pattern in patterns:
+            registry.add(pattern, pattern)
+        for name in names:
+            assert set(registry.subscribers(name)) == {pattern for pattern in patterns if matches(pattern, name)}
+
+    def test_no_wildcard_receives_meta_or_service_messages(self, core):
+        """N2, V1"""
+        core.core.services["echo"] = lambda message: {"data": "echoed"}
+        watcher, caller = core.handshake(), core.handshake()
+        core.subscribe(watcher, "/**", "/*")
+        core.ask({"channel": "/service/echo", "clientId": caller, "data": 1},
+                 {"channel": "/meta/subscribe", "clientId": caller, "subscription": "/a"})
+        assert core.events(watcher) == []
+
+    def test_the_registry_forgets_a_channel_with_its_last_subscriber(self):
+        registry = bayeux_server.ChannelRegistry()
+        registry.add("/a", "first")
+        registry.add("/a", "second")
+        registry.discard("/a", "first")
+        registry.discard("/a", "not there")
+        registry.discard("/b", "second")
+        assert set(registry.subscribers("/a")) == {"second"}
+        registry.discard("/a", "second")
+        assert not registry._subscribers
+
+    def test_a_name_longer_than_the_limit_is_refused(self, core):
+        """N1: a name of n segments costs n look-ups, so there is a bound."""
+        longest = "/" + "a" * (bayeux_server.MAX_CHANNEL_LENGTH - 1)
+        client_id = core.handshake()
+        core.subscribe(client_id, longest)
+        core.publish(client_id, longest)
+        subscribe, publish = core.ask({"channel": "/meta/subscribe", "clientId": client_id,
+                                       "subscription": longest + "a"},
+                                      {"channel": longest + "a", "clientId": client_id, "data": 1})
+        assert error_code(subscribe) == error_code(publish) == 405
+
+
+# ======================================================================================
+# §3  Messages
+# ======================================================================================
+
+# Every refusal of the core: options, the message (given the id of a live session), the code.
+REFUSALS = {
+    "no channel": ({}, lambda id: {"clientId": id, "id": 1}, 400),
+    "no field at all but an id": ({}, lambda id: {"id": 1}, 400),
+    "channel is a number": ({}, lambda id: {"channel": 5, "id": 1}, 400),
+    "id is a list": ({}, lambda id: {"channel": "/a", "clientId": id, "data": 1, "id": [1]}, 400),
+    "id is a boolean": ({}, lambda id: {"channel": "/a", "clientId": id, "data": 1, "id": True}, 400),
+    "no version": ({}, lambda id: {"channel": "/meta/handshake", "id": 1}, 400),
+    "version is a number": ({}, lambda id: {"channel": "/meta/handshake", "version": 1.0, "id": 1}, 400),
+    "version is none": ({}, lambda id: {"channel": "/meta/handshake", "version": "one", "id": 1}, 400),
+    "minimumVersion too high": (
+        {}, lambda id: {"channel": "/meta/handshake", "version": "2.0", "minimumVersion": "1.1", "id": 1}, 409),
+    "no connection type in common": (
+        {}, lambda id: {"channel": "/meta/handshake", "version": "1.0", "supportedConnectionTypes": ["smoke signs"],
+                        "id": 1}, 409),
+    "connection types are a text": (
+        {}, lambda id: {"channel": "/meta/handshake", "version": "1.0", "supportedConnectionTypes": "long-polling",
+                        "id": 1}, 400),
+    "max_sessions": ({"max_sessions": 1}, lambda id: {"channel": "/meta/handshake", "version": "1.0", "id": 1}, 429),
+    "no clientId": ({}, lambda id: {"channel": "/meta/connect", "connectionType": "long-polling", "id": 1}, 401),
+    "clientId is a number": (
+        {}, lambda id: {"channel": "/meta/connect", "clientId": 5, "connectionType": "long-polling", "id": 1}, 400),
+    "unknown clientId, full of signs": (
+        {}, lambda id: {"channel": "/meta/connect", "clientId": "<script>:\u00e4\n\"'" * 99, "id": 1}, 402),
+    "no connectionType": ({}, lambda id: {"channel": "/meta/connect", "clientId": id, "id": 1}, 400),
+    "unknown connectionType": (
+        {}, lambda id: {"channel": "/meta/connect", "clientId": id, "connectionType": "iframe", "id": 1}, 400),
+    "subscribe to nothing": ({}, lambda id: {"channel": "/meta/subscribe", "clientId": id, "id": 1}, 400),
+    "subscribe to an empty list": (
+        {}, lambda id: {"channel": "/meta/subscribe", "clientId": id, "subscription": [], "id": 1}, 400),
+    "subscribe to no pattern": (
+        {}, lambda id: {"channel": "/meta/subscribe", "clientId": id, "subscription": "/*/a:\u00fc", "id": 1}, 405),
+    "subscribe to meta": (
+        {}, lambda id: {"channel": "/meta/subscribe", "clientId": id, "subscription": "/meta/**", "id": 1}, 403),
+    "max_subscriptions": (
+        {"max_subscriptions": 1},
+        lambda id: {"channel": "/meta/subscribe", "clientId": id, "subscription": ["/a", "/b"], "id": 1}, 429),
+    "not subscribed": (
+        {}, lambda id: {"channel": "/meta/unsubscribe", "clientId": id, "subscription": "/a", "id": 1}, 404),
+    "unsubscribe from meta": (
+        {}, lambda id: {"channel": "/meta/unsubscribe", "clientId": id, "subscription": "/meta/*", "id": 1}, 403),
+    "unknown meta channel": ({}, lambda id: {"channel": "/meta/nope", "clientId": id, "id": 1}, 404),
+    "unknown meta channel with signs": ({}, lambda id: {"channel": "/meta/<a:b>", "clientId": id, "id": 1}, 404),
+    "publish to a pattern": ({}, lambda id: {"channel": "/a/*", "clientId": id, "data": 1, "id": 1}, 405),
+    "publish to a bad name": ({}, lambda id: {"channel": "a:b\u00e4'\"", "clientId": id, "data": 1, "id": 1}, 405),
+    "publish to an empty name": ({}, lambda id: {"channel": "", "clientId": id, "data": 1, "id": 1}, 405),
+    "publish without data": ({}, lambda id: {"channel": "/a", "clientId": id, "id": 1}, 400),
+    "unknown service": ({}, lambda id: {"channel": "/service/nope", "clientId": id, "id": 1}, 404),
+    "service without a name": ({}, lambda id: {"channel": "/service/", "clientId": id, "id": 1}, 405),
+    "refused by the application": (
+        {"message_acl": lambda session, message: "No: 'you', <b>\u00e4</b>\n" if message["channel"] == "/a" else None},
+        lambda id: {"channel": "/a", "clientId": id, "data": 1, "id": 1}, 403),
+    "dropped by an extension": (
+        {"extensions": [type("Drop", (), {"incoming": staticmethod(
+            lambda session, message: None if message["channel"] == "/a" else message)})]},
+        lambda id: {"channel": "/a", "clientId": id, "data": 1, "id": 1}, 403),
+}
+
+
+class TestMessages:
+    @pytest.mark.parametrize("name", REFUSALS)
+    def test_every_refusal_has_code_args_and_text(self, name, caplog):
+        """G1, G2: and repeats channel, id and subscription, and leaves one line in the log."""
+        options, message, code = REFUSALS[name]
+        core = CorePeer(**options)
+        message = message(core.handshake())
+        caplog.set_level(logging.INFO, "bayeux_server")
+        caplog.clear()
+        reply, = core.ask(message, may_hold=False)
+        assert error_code(reply) == code
+        assert code in bayeux_server.ERROR_MEANINGS
+        repeated = {key: message[key] for key in ("channel", "id", "subscription") if key in message}
+        if repeated.get("channel") == 5:
+            del repeated["channel"]
+        if repeated["id"] != 1 or repeated["id"] is True:
+            del repeated["id"]
+        told = ("channel", "id", "subscription", "clientId", "data")
+        assert {key: reply[key] for key in told if key in reply} == repeated
+        line, = caplog.messages
+        assert reply["error"] in line and "\n" not in line
+
+    @pytest.mark.parametrize("text", ["", "a:b:c", "\u00e4\u2028\n\0\"'<>&,;:", "x" * 5000, "\ud800"])
+    @pytest.mark.parametrize("argument", ["", "a:b", "\u00e4\u2028\n\0\"'<>&,;:", "/" * 5000, "\ud800"])
+    def test_an_error_holds_no_other_characters_whatever_it_is_about(self, argument, text):
+        """G2"""
+        error = str(bayeux_server.BayeuxError(400, argument, text or "text"))
+        assert ERROR_GRAMMAR.fullmatch(error)
+        assert len(error) < 400
+
+    @pytest.mark.parametrize(("text", "expected"), [
+        ("Not you", "403:/a:Not you"), ("401:bob:Who are you", "401:bob:Who are you"), ("401::Who", "401::Who"),
+        ("404: x", "403:/a:404_ x"), ("Note: well", "403:/a:Note_ well"), ("429:a:b:c", "429:a:b_c"),
+        ("007:a:b", "403:/a:007_a_b"), ("4030:a:b", "403:/a:4030_a_b"), ("\u0664\u0660\u0663:a:b", "403:/a:____a_b"),
+    ])
+    def test_an_application_refuses_by_text_or_by_a_whole_error(self, text, expected):
+        """G2: what does not begin as code:args:text is all text."""
+        assert str(bayeux_server.BayeuxError.from_text(403, "/a", text)) == expected
+
+    @pytest.mark.parametrize("body", [
+        b"", b" ", b"hello", b"{", b"[", b"[{]", b"[1,]", b"{'a':1}", b"[1] [2]", b"\xef\xbb\xbf[]", b"nul",
+        b"\xff\xfe",
+        b'"\xff"', b'"\xc0\x80"', b'"\xed\xa0\x80"', b'"a\nb"', b'"\\x41"', b"01", b"+1", b".5", b"0x10",
+        b"NaN", b"[Infinity]", b"-Infinity", b'{"a": NaN}', b"1e999", b"-1e400", b"1" * 1000, b"-" + b"1" * 400,
+        b'{"a": 1, "a": 2}', b'[{"b": {"a": 1, "c": 2, "a": 1}}]', b'{"a": 1, "\\u0061": 2}',
+        b'"\\ud800"', b'"\\uDC00"', b'{"\\ud800": 1}', b'["\\udc00\\ud800"]', "\"\ud800\"",
+        b"[" * 10_000, b"[" * 10_000 + b"]" * 10_000, b'{"a":' * 10_000 + b"1" + b"}" * 10_000,
+        b'[{"a":' * 300 + b"1" + b"}]" * 300, b'{"a":"' + b"[" * 200,
+    ], ids=lambda body: repr(body[:20]))
+    def test_what_is_not_plain_json_is_refused(self, body):
+        """G5: duplicate keys, NaN, lone surrogates, deep nesting, huge numbers."""
+        with pytest.raises(bayeux_server.BayeuxError) as raised:
+            bayeux_server.decode_json(body)
+        assert raised.value.code == 400
+        assert ERROR_GRAMMAR.fullmatch(str(raised.value))
+
+    @pytest.mark.parametrize("value", [
+        None, True, 0, -0.5, 1e308, 10**200, "", "\u00e4\u2028\U0001f600\0", "[[[[" * 200, '"[{\\' * 200, [], {},
+        [[[[[{"a": [{}]}]]]]], [[]] * 500, [{"a": "]"}] * 500, {"": {"": ""}}, "\\ud800", "\\\\uDC00 \\"])
+    def test_every_other_json_value_comes_through(self, value):
+        """G4, G5: brackets in texts are not nesting, and an escaped backslash is no surrogate."""
+        for text in (json.dumps(value), json.dumps(value, ensure_ascii=False), json.dumps(value, indent=3)):
+            assert bayeux_server.decode_json(text) == bayeux_server.decode_json(text.encode("utf-8")) == value
+
+    def test_nesting_is_allowed_up_to_the_limit(self):
+        """G5"""
+        depth = bayeux_server.MAX_JSON_DEPTH
+        value = bayeux_server.decode_json("[" * depth + "]" * depth)
+        assert bayeux_server.encode_json(value) == "[" * depth + "]" * depth
+        with pytest.raises(bayeux_server.BayeuxError):
+            bayeux_server.decode_json("[" * (depth + 1) + "]" * (depth + 1))
+
+    @pytest.mark.parametrize("make_text", [
+        lambda n: '"' + '\\"' * n + "[" * 101, lambda n: '"' * n + "[" * 101, lambda n: "[" * 101 + '"\\' * n,
+        lambda n: '{"a' * n, lambda n: "[" * 101 + "\\" * n, lambda n: "[" * 101 + "1" * n])
+    def test_hostile_text_costs_no_more_than_its_length(self, make_text):
+        """G5: sixteen times the length may not cost 256 times the time."""
+        def cost(size):
+            text, least = make_text(size), float("inf")
+            for _ in range(3):
+                begin = time.perf_counter()
+                with pytest.raises(bayeux_server.BayeuxError):
+                    bayeux_server.decode_json(text)
+                least = min(least, time.perf_counter() - begin)
+            return least
+
+        assert cost(16_000) < 100 * max(cost(1_000), 20e-6)
+
+    def test_a_batch_is_made_of_arrays_and_single_messages(self):
+        """G1: many form parameters make one batch; an empty one is refused."""
+        assert bayeux_server.decode_batch([b'[{"a": 1}, 2]', '{"b": 3}', "[]", "null"]) == [{"a": 1}, 2, {"b": 3}, None]
+        for texts in ([], ["[]"], ["[]", "[]"]):
+            with pytest.raises(bayeux_server.BayeuxError, match="400"):
+                bayeux_server.decode_batch(texts)
+
+    def test_each_message_of_a_batch_gets_one_reply_in_order(self, core):
+        """G1: whatever is wrong with it, and its neighbours are none the worse."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        replies = core.ask(
+            *NOT_JSON_OBJECTS, {}, {"id": 1}, {"channel": None, "id": 2}, {"channel": ["/a"], "id": 3},
+            {"channel": "/meta/nope", "id": 4}, {"channel": "/meta/", "id": 5}, {"channel": "/a b", "id": 6},
+            {"channel": "/a", "clientId": client_id, "data": "good", "id": 7},
+            {"channel": "/a", "clientId": "nobody", "data": "bad", "id": 8},
+            {"channel": "/meta/subscribe", "clientId": client_id, "subscription": 9, "id": 9})
+        bad = len(NOT_JSON_OBJECTS) + 1
+        assert [reply.get("id") for reply in replies] == [None] * bad + list(range(1, 10))
+        assert [reply["successful"] for reply in replies] == [False] * (bad + 6) + [True, False, False]
+        assert [error_code(reply) for reply in replies if not reply["successful"]] == (
+            [400] * (bad + 3) + [404, 404, 405, 402, 400])
+        assert replies[-1]["subscription"] == 9
+        assert [event["data"] for event in core.events(client_id)] == ["good"]
+
+    def test_each_message_of_a_batch_acts_for_its_own_client(self, core):
+        """G1"""
+        first, second = core.handshake(), core.handshake()
+        replies = core.ask({"channel": "/meta/subscribe", "clientId": first, "subscription": "/a"},
+                           {"channel": "/meta/disconnect", "clientId": second},
+                           {"channel": "/a", "clientId": second, "data": 1},
+                           {"channel": "/a", "clientId": first, "data": 2})
+        assert [reply["successful"] for reply in replies] == [True, True, False, True]
+        assert [event["data"] for event in core.events(first)] == [2]
+
+    @pytest.mark.parametrize("id", ["", "0", "1", "x\u00e4\u2028", 0, -1, 1.5, 10**200, "x" * 5000])
+    @pytest.mark.parametrize("message", [
+        {"channel": "/meta/connect", "connectionType": "long-polling"}, {"channel": "/a", "data": 1}, {"channel": "/a"},
+        {"channel": "/meta/subscribe", "subscription": "/a"}, {"channel": "/meta/disconnect"},
+        {"channel": "/meta/nope"},
+        {"channel": "/meta/handshake", "version": "1.0"}, {"channel": "/meta/handshake"}, {"channel": "/service/none"},
+        {"channel": "/meta/ping"}])
+    def test_a_reply_carries_exactly_the_id_that_came(self, core, message, id):
+        """N4: CometD's clients stop polling without it."""
+        reply, = core.ask({"clientId": core.handshake(), **message, "id": id}, may_hold=False)
+        assert reply["id"] == id and type(reply["id"]) is type(id)
+
+    def test_no_id_in_no_id_out(self, core):
+        """N4: a null id is none."""
+        client_id = core.handshake()
+        for message in ({"channel": "/a", "data": 1}, {"channel": "/meta/subscribe", "subscription": "/a"},
+                        {"channel": "/a"}, {"channel": "/meta/ping"}):
+            for fields in ({}, {"id": None}):
+                assert "id" not in core.ask({**message, **fields, "clientId": client_id})[0]
+
+    @pytest.mark.parametrize("field", ["channel", "clientId", "id", "connectionType", "subscription", "version",
+                                       "minimumVersion", "supportedConnectionTypes", "ext", "advice", "data",
+                                       "timestamp",
+                                       "successful", "error", "interval"])
+    @pytest.mark.parametrize("channel", ["/meta/handshake", "/meta/connect", "/meta/subscribe", "/meta/unsubscribe",
+                                         "/meta/disconnect", "/meta/ping", "/a", "/service/echo"])
+    def test_a_wrong_type_in_any_field_gets_a_clear_answer(self, channel, field):
+        """G1, G2, G3: one well-formed reply, no failure of ours, and other sessions notice nothing."""
+        core = CorePeer(services={"echo": lambda message: {"data": message.get("data")}})
+        other = core.handshake()
+        core.subscribe(other, "/other")
+        for value in [*NOT_JSON_OBJECTS, {}, {"timeout": "soon"}, {"timesync": 1}, {"timesync": {"tc": []}},
+                      {"a": {"b": []}},
+                      10**200, -10**200, 1e308, -1e308, "9" * 5000, "\0", "\u00e4", "1.0"]:
+            message = {"channel": channel, "clientId": core.handshake(), "id": "7", "connectionType": "long-polling",
+                       "subscription": "/a", "version": "1.0", "data": {}, field: value}
+            reply, = core.ask(message, may_hold=False)
+            if not reply["successful"]:
+                assert error_code(reply) < 500, reply
+            elif field in ("ext", "advice", "data", "timestamp", "successful", "error", "interval"):
+                assert reply["id"] == "7"
+        core.core.publish("/other", "still there")
+        assert [event["data"] for event in core.events(other)] == ["still there"]
+
+    @pytest.mark.parametrize("ext", [*NOT_JSON_OBJECTS, {"unheard of": [1, {}]}])
+    def test_an_ext_of_any_type_harms_nothing(self, core, ext):
+        """G3: one that is no object is ignored (it killed the original)."""
+        reply, = core.ask({"channel": "/meta/handshake", "version": "1.0", "ext": ext})
+        assert reply["successful"]
+        client_id = reply["clientId"]
+        core.subscribe(client_id, "/a")
+        assert core.ask(core.connect_message(client_id, ext=ext))[0]["successful"]
+        core.publish(client_id, "/a", ext=ext)
+        event, = core.events(client_id)
+        assert event == {"channel": "/a", "data": "data", **({"ext": ext} if isinstance(ext, dict) else {})}
+        assert core.ask({"channel": "/meta/disconnect", "clientId": client_id, "ext": ext})[0]["successful"]
+
+    def test_unknown_fields_are_ignored(self, core):
+        """G3"""
+        client_id = core.handshake(authentication="x", unheard={"of": []})
+        core.subscribe(client_id, "/a")
+        core.publish(client_id, "/a", unheard=1, advice={"reconnect": "none"}, successful=False, error="402::x")
+        assert core.events(client_id) == [{"channel": "/a", "data": "data"}]
+
+    @pytest.mark.parametrize("data", [None, False, True, 0, -0.0, 1.5, "", "\u00e4\u2028\U0001f600\0</script>*/", [],
+                                      {},
+                                      [None, [False]], {"clientId": "x", "id": 1, "channel": "/meta/connect"}])
+    def test_an_event_carries_every_json_value(self, core, data):
+        """G4"""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        core.publish(client_id, "/a", data)
+        event, = core.events(client_id)
+        assert event == {"channel": "/a", "data": data} and type(event["data"]) is type(data)
+
+    def test_an_event_carries_nothing_else_of_the_publishers_message(self, core):
+        """G4: never its clientId, by which others could act for it, never its id, which aiocometd takes for a reply."""
+        publisher, subscriber = core.handshake(), core.handshake()
+        core.subscribe(subscriber, "/a")
+        core.subscribe(publisher, "/a")
+        core.publish(publisher, "/a", "data", id="7", ext={"key": "value"}, advice={"reconnect": "none"},
+                     connectionType="long-polling", subscription="/b", version="1.0", timestamp="now")
+        expected = [{"channel": "/a", "data": "data", "ext": {"key": "value"}}]
+        assert core.events(subscriber) == core.events(publisher) == expected
+
+    def test_events_carry_their_own_id_if_the_server_is_told_to(self):
+        """T2, SEED: one message's id never shows in another's event."""
+        core = CorePeer(forward_id=True)
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        core.ask({"channel": "/a", "clientId": client_id, "data": 1, "id": "one"},
+                 {"channel": "/a", "clientId": client_id, "data": 2},
+                 {"channel": "/a", "clientId": client_id, "data": 3, "id": 0})
+        core.core.publish("/a", 4)
+        assert [event.get("id") for event in core.events(client_id)] == ["one", None, 0, None]
+
+    def test_one_text_serves_all_subscribers(self, core):
+        """An event is encoded once, however many are subscribed."""
+        first, second = core.handshake(), core.handshake()
+        core.subscribe(first, "/a")
+        core.subscribe(second, "/**")
+        core.core.publish("/a", "data")
+        assert core.core.sessions[first].queue[0] is core.core.sessions[second].queue[0]
+
+    def test_a_message_larger_than_max_message_size_is_refused_and_its_neighbours_are_not(self):
+        """Issue 5: bytes of UTF-8 count, not characters."""
+        core = CorePeer(max_message_size=200)
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        exchange = FakeExchange(core.core)
+        exchange.is_large = True
+        core.core.receive([{"channel": "/a", "clientId": client_id, "data": "small", "id": 1},
+                           {"channel": "/a", "clientId": client_id, "data": "\u00e4" * 90, "id": 2},
+                           {"channel": "/a", "clientId": client_id, "data": "e" * 90, "id": 3}], exchange)
+        assert [reply["id"] for reply in exchange.answer] == [1, 2, 3]
+        assert [reply["successful"] for reply in exchange.answer] == [True, False, True]
+        assert error_code(exchange.answer[1]) == 413
+        assert [event["data"] for event in core.events(client_id)] == ["small", "e" * 90]
+
+
+# ======================================================================================
+# §4  Sessions
+# ======================================================================================
+
+class TestSessions:
+    def test_a_session_lives_connect_timeout_without_a_connect(self):
+        """C5: then it is removed as if it had disconnected."""
+        core = CorePeer(connect_timeout=100)
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        core.pass_time(99)
+        assert client_id in core.core.sessions
+        core.pass_time(2)
+        assert not core.core.sessions and not core.core.registry._subscribers
+        assert core.told_of("client_disconnect") == [{"client_id": client_id, "reason": "timeout"}]
+
+    def test_a_session_that_never_connects_ends_too(self):
+        """C5"""
+        core = CorePeer(connect_timeout=100)
+        core.handshake(connect=False)
+        core.pass_time(101)
+        assert not core.core.sessions
+
+    @pytest.mark.parametrize("message", [{"channel": "/a", "data": 1}, {"channel": "/a"}, {"channel": "/meta/ping"},
+                                         {"channel": "/meta/subscribe", "subscription": "/a"},
+                                         {"channel": "/meta/nope"},
+                                         {"channel": "/service/none"}])
+    def test_any_message_renews_the_lease(self, message):
+        """C5: a refused one too."""
+        core = CorePeer(connect_timeout=100)
+        client_id = core.handshake()
+        for _ in range(3):
+            core.pass_time(99)
+            core.ask({**message, "clientId": client_id})
+        core.pass_time(99)
+        assert client_id in core.core.sessions
+        core.pass_time(2)
+        assert client_id not in core.core.sessions
+
+    def test_a_session_does_not_end_while_its_connect_is_held(self):
+        """C5: even where timeout is longer than connect_timeout."""
+        core = CorePeer(connect_timeout=10, timeout=1000)
+        client_id = core.handshake()
+        held = core.hold(client_id)
+        for _ in range(9):
+            core.pass_time(100)
+        assert held.answer is None
+        core.pass_time(101)
+        assert held.answer[0]["successful"]
+        core.pass_time(9)
+        assert client_id in core.core.sessions
+        core.pass_time(2)
+        assert client_id not in core.core.sessions
+
+    def test_the_clock_starts_when_the_reply_has_been_written(self):
+        """C5: not when it was begun."""
+        core = CorePeer(connect_timeout=100, timeout=30)
+        client_id = core.handshake()
+        slow = SlowExchange(core.core)
+        core.core.receive([core.connect_message(client_id)], slow)
+        with core.core.condition:
+            core.clock.advance(31)
+            answer, = core.core.take_answers(10)
+        slow.send(answer)
+        core.pass_time(90)
+        slow.settle(True)
+        core.pass_time(99)
+        assert client_id in core.core.sessions
+        core.pass_time(2)
+        assert client_id not in core.core.sessions
+
+    def test_a_late_client_is_told_why_its_session_ended(self):
+        """C1: timeout, asked, queue overflow, server shutdown."""
+        core = CorePeer(connect_timeout=100, max_queue=1)
+        timed_out = core.handshake()
+        core.pass_time(101)
+        asked, overflowed, shut_down = core.handshake(), core.handshake(), core.handshake()
+        core.ask({"channel": "/meta/disconnect", "clientId": asked})
+        core.subscribe(overflowed, "/a")
+        core.core.publish("/a", 1)
+        core.core.publish("/a", 2)
+        core.core.stop()
+        for client_id, reason in ((timed_out, "timeout"), (asked, "asked"), (overflowed, "queue overflow"),
+                                  (shut_down, "server shutdown")):
+            reply, = core.ask(core.connect_message(client_id))
+            assert error_code(reply) == 402 and reply["advice"] == ADVICE_HANDSHAKE
+            assert reason in reply["error"] and client_id in reply["error"]
+
+    def test_only_so_many_ended_sessions_are_remembered(self, monkeypatch):
+        """C1: memory has a bound."""
+        monkeypatch.setattr(bayeux_server, "REMEMBERED_SESSIONS", 3)
+        core = CorePeer()
+        ids = [core.handshake(connect=False) for _ in range(5)]
+        for client_id in ids:
+            core.ask({"channel": "/meta/disconnect", "clientId": client_id})
+        errors_told = [core.ask(core.connect_message(client_id))[0]["error"] for client_id in ids]
+        assert ["asked" in error for error in errors_told] == [False, False, True, True, True]
+
+    def test_an_ended_session_leaves_nothing_behind(self, core):
+        """X1: its queue, its subscriptions and its place in the registry are gone."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a", "/b/*", "/**")
+        core.core.publish("/a", 1)
+        session = core.core.sessions[client_id]
+        core.ask({"channel": "/meta/disconnect", "clientId": client_id})
+        assert session.ended == "asked" and not session.queue and not session.subscriptions
+        assert not core.core.registry._subscribers and not core.core.sessions
+        core.pass_time(10_000)
+        assert not core.core.timers and len(core.told_of("client_disconnect")) == 1
+
+    def test_more_than_max_queue_waiting_events_end_the_session(self, caplog):
+        """Issue 5: with reason and log line, its memory freed; the others go on."""
+        caplog.set_level(logging.INFO, "bayeux_server")
+        core = CorePeer(max_queue=3)
+        idle, diligent = core.handshake(), core.handshake()
+        core.subscribe(idle, "/a")
+        core.subscribe(diligent, "/a")
+        session = core.core.sessions[idle]
+        for number in range(3):
+            core.core.publish("/a", number)
+        assert [event["data"] for event in core.events(diligent)] == [0, 1, 2]
+        assert session.ended is None
+        core.core.publish("/a", 3)
+        assert session.ended == "queue overflow" and not session.queue and idle not in core.core.sessions
+        assert [event["data"] for event in core.events(diligent)] == [3]
+        assert core.told_of("client_disconnect") == [{"client_id": idle, "reason": "queue overflow"}]
+        assert [line for line in caplog.messages if idle in line and "queue overflow" in line]
+        core.core.publish("/a", 4)
+        assert [event["data"] for event in core.events(diligent)] == [4]
+
+    def test_a_queue_may_overflow_within_one_batch(self):
+        """Issue 5: the publisher that ends its own session is told so from then on."""
+        core = CorePeer(max_queue=2)
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        replies = core.ask(*[{"channel": "/a", "clientId": client_id, "data": number, "id": number}
+                             for number in range(5)])
+        assert [reply["id"] for reply in replies] == list(range(5))
+        assert [reply["successful"] for reply in replies] == [True, True, True, False, False]
+        assert error_code(replies[4]) == 402 and replies[4]["advice"] == ADVICE_HANDSHAKE
+
+    def test_a_held_connect_is_answered_when_its_queue_overflows(self):
+        """Issue 5: not left hanging."""
+        core = CorePeer(max_queue=2)
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        held = core.hold(client_id, id="9")
+        with core.core.condition:                   # more at once than the wait could take
+            for number in range(3):
+                core.core.sessions[client_id].accept(bayeux_server.Event({"channel": "/a", "data": number}), core.core)
+            core.core._end_overfull()
+        core.work()
+        reply, = held.answer
+        assert error_code(reply) == 402 and reply["advice"] == ADVICE_HANDSHAKE and reply["id"] == "9"
+
+    def test_no_more_than_max_sessions(self):
+        """Issue 5: who is one too many is told to try again, and room is made by who leaves."""
+        core = CorePeer(max_sessions=2, connect_timeout=100)
+        first, second = core.handshake(), core.handshake()
+        reply, = core.ask({"channel": "/meta/handshake", "version": "1.0"})
+        assert error_code(reply) == 429 and "clientId" not in reply
+        assert reply["advice"]["reconnect"] == "handshake" and reply["advice"]["interval"] > 0
+        core.ask({"channel": "/meta/disconnect", "clientId": first})
+        third = core.handshake()
+        assert set(core.core.sessions) == {second, third}
+        core.pass_time(101)
+        assert core.handshake()
+
+    def test_max_subscriptions_counts_a_pattern_once(self):
+        """Issue 5: and one list that goes beyond it is refused as a whole."""
+        core = CorePeer(max_subscriptions=2)
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        core.subscribe(client_id, "/a", "/b", "/b", "/service/x")
+        reply, = core.ask({"channel": "/meta/subscribe", "clientId": client_id, "subscription": ["/a", "/c"]})
+        assert error_code(reply) == 429 and reply["subscription"] == ["/a", "/c"]
+        assert core.core.sessions[client_id].subscriptions == {"/a", "/b"}
+        core.ask({"channel": "/meta/unsubscribe", "clientId": client_id, "subscription": "/b"})
+        core.subscribe(client_id, "/c")
+
+    # -- Answers on their way --------------------------------------------------------------
+
+    @staticmethod
+    def begin_slow_answer(core, client_id):
+        """A held connect whose answer, with what is queued, is on its way."""
+        slow = SlowExchange(core.core)
+        core.core.receive([core.connect_message(client_id)], slow)
+        with core.core.condition:
+            answer, = core.core.take_answers(10)
+        slow.send(answer)
+        return slow
+
+    def test_events_of_a_lost_reply_go_back_to_the_front_in_order(self, core):
+        """C6, P2"""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        core.core.publish("/a", 1)
+        core.core.publish("/a", 2)
+        slow = self.begin_slow_answer(core, client_id)
+        core.core.publish("/a", 3)
+        slow.settle(False)
+        assert [event["data"] for event in core.events(client_id)] == [1, 2, 3]
+
+    @pytest.mark.parametrize("is_written", [True, False])
+    def test_a_newer_connect_waits_for_the_events_in_flight(self, core, is_written):
+        """C6, P2: it gets neither what may still arrive nor what came after that."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        core.core.publish("/a", 1)
+        slow = self.begin_slow_answer(core, client_id)
+        core.core.publish("/a", 2)
+        newer = core.hold(client_id)
+        core.work()
+        assert newer.answer is None
+        slow.settle(is_written)
+        core.work()
+        assert [event["data"] for event in newer.answer[1:]] == ([2] if is_written else [1, 2])
+
+    def test_a_connect_that_is_not_held_takes_no_events_past_those_in_flight(self, core):
+        """C6, P2: neither alone nor in a batch."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        core.core.publish("/a", 1)
+        slow = self.begin_slow_answer(core, client_id)
+        core.core.publish("/a", 2)
+        assert core.events(client_id) == []
+        assert len(core.ask(core.connect_message(client_id), {"channel": "/a", "clientId": client_id, "data": 3})) == 2
+        slow.settle(False)
+        assert [event["data"] for event in core.events(client_id)] == [1, 2, 3]
+
+    def test_a_lost_reply_to_a_connect_that_was_not_held_loses_nothing(self, core):
+        """C6: the first connect, and one in a batch."""
+        client_id = core.handshake(connect=False)
+        core.subscribe(client_id, "/a")
+        core.core.publish("/a", 1)
+        core.send(core.connect_message(client_id), is_broken=True)
+        core.send(core.connect_message(client_id), {"channel": "/a", "clientId": client_id, "data": 2}, is_broken=True)
+        assert [event["data"] for event in core.events(client_id)] == [1, 2]
+        assert core.events(client_id) == []
+
+    def test_a_held_connect_that_cannot_be_answered_loses_nothing(self, core):
+        """C6: again and again."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        for number in range(3):
+            broken = core.send(core.connect_message(client_id), is_broken=True)
+            core.core.publish("/a", number)
+            core.work()
+            assert broken.answer is None
+        assert [event["data"] for event in core.events(client_id)] == [0, 1, 2]
+
+    def test_a_connection_broken_while_its_connect_was_held_loses_nothing(self, core):
+        """C6: and the session is neither polling already nor gone (the original's faults)."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        held = core.hold(client_id)
+        core.core.hang_up(held)
+        core.core.hang_up(held)                     # twice does no harm
+        core.core.publish("/a", "missed")
+        core.work()
+        assert held.answer is None
+        newer = core.send(core.connect_message(client_id))
+        core.work()
+        assert [event["data"] for event in newer.answer[1:]] == ["missed"]
+        core.core.publish("/a", "still subscribed")
+        assert [event["data"] for event in core.events(client_id)] == ["still subscribed"]
+
+    def test_a_session_whose_connection_broke_ends_after_connect_timeout(self):
+        """C5, C6"""
+        core = CorePeer(connect_timeout=100, timeout=30)
+        client_id = core.handshake()
+        core.pass_time(50)
+        held = core.hold(client_id)
+        core.pass_time(20)
+        core.core.hang_up(held)
+        core.pass_time(99)
+        assert client_id in core.core.sessions
+        core.pass_time(2)
+        assert core.told_of("client_disconnect") == [{"client_id": client_id, "reason": "timeout"}]
+        assert held.answer is None
+
+    def test_a_session_does_not_expire_with_events_in_flight(self):
+        """C5: whether they arrive decides; then the lease begins anew."""
+        core = CorePeer(connect_timeout=100)
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        core.core.publish("/a", 1)
+        slow = self.begin_slow_answer(core, client_id)
+        core.pass_time(1000)
+        assert client_id in core.core.sessions
+        slow.settle(False)
+        core.pass_time(99)
+        assert client_id in core.core.sessions
+        core.pass_time(200)
+        assert client_id not in core.core.sessions
+
+    @pytest.mark.parametrize("is_written", [True, False])
+    def test_a_session_that_ends_with_events_in_flight_stays_ended(self, core, is_written):
+        """X1"""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        session = core.core.sessions[client_id]
+        core.core.publish("/a", 1)
+        slow = self.begin_slow_answer(core, client_id)
+        core.ask({"channel": "/meta/disconnect", "clientId": client_id})
+        slow.settle(is_written)
+        core.core.publish("/a", 2)
+        core.pass_time(1000)
+        assert not session.queue and not core.core.sessions and len(core.told_of("client_disconnect")) == 1
+
+    def test_stopping_answers_every_held_connect_and_takes_no_new_sessions(self, core):
+        """Issue 4: the reply is a valid one, with advice to come back, not all at once."""
+        held = [core.hold(core.handshake(), id=str(number)) for number in range(20)]
+        core.core.stop()
+        core.work()
+        for number, exchange in enumerate(held):
+            reply, = exchange.answer
+            assert reply["successful"] and reply["id"] == str(number) and reply["channel"] == "/meta/connect"
+            assert reply["advice"]["reconnect"] == "retry" and reply["advice"]["interval"] >= 1
+        assert len({exchange.answer[0]["advice"]["interval"] for exchange in held}) > 1
+        assert [details["reason"] for details in core.told_of("client_disconnect")] == ["server shutdown"] * 20
+        reply, = core.ask({"channel": "/meta/handshake", "version": "1.0", "id": 1})
+        assert error_code(reply) == 503 and reply["advice"]["reconnect"] == "handshake" and reply["id"] == 1
+
+
+# ======================================================================================
+# §5  The protocol
+# ======================================================================================
+
+class TestHandshake:
+    def test_the_reply_has_all_its_fields(self, core):
+        """H1: and nothing more."""
+        reply, = core.ask({"channel": "/meta/handshake", "version": "1.0", "minimumVersion": "0.9", "id": "0",
+                           "supportedConnectionTypes": ["flash", "long-polling", "callback-polling", "iframe"]})
+        client_id = reply.pop("clientId")
+        assert client_id in core.core.sessions
+        assert reply == {"channel": "/meta/handshake", "successful": True, "version": "1.0", "minimumVersion": "1.0",
+                         "id": "0",
+                         "supportedConnectionTypes": ["long-polling", "callback-polling"],
+                         "advice": {"reconnect": "retry", "interval": 0, "timeout": 30_000}}
+
+    def test_advice_tells_the_options_in_milliseconds(self):
+        """H1, SEED: Faye gives up a server whose advice has no timeout; a handshake advised throws in CometD."""
+        core = CorePeer(timeout=12.5, interval=0.25)
+        reply, = core.ask({"channel": "/meta/handshake", "version": "1.0"})
+        connect, = core.ask(core.connect_message(reply["clientId"]))
+        assert reply["advice"] == connect["advice"] == {"reconnect": "retry", "interval": 250, "timeout": 12_500}
+
+    def test_a_client_id_is_letters_and_digits_and_never_the_same(self, core):
+        """N3: of at least 128 random bits, which is 22 characters of letters and digits."""
+        ids = [core.handshake(connect=False) for _ in range(100)]
+        assert len(set(ids)) == 100
+        assert all(re.fullmatch(r"[A-Za-z0-9]{22,}", client_id) for client_id in ids)
+        # No place of it stands still, as it would if part of it were a counter or a clock.
+        assert all(len({client_id[place] for client_id in ids}) > 5 for place in range(len(ids[0])))
+
+    def test_a_client_id_comes_from_secrets(self, core, monkeypatch):
+        """N3"""
+        monkeypatch.setattr(bayeux_server.secrets, "token_hex", lambda size: "5" * size * 2)
+        assert set(core.handshake(connect=False)) == {"5"}
+
+    @pytest.mark.parametrize("version", ["1.0", "1", "0.9", "1.0beta", "2.0", "10.20.30", "1.a-b_c"])
+    def test_any_version_is_spoken_to(self, core, version):
+        """H1: it is minimumVersion that may be too much."""
+        assert core.handshake(version=version)
+
+    @pytest.mark.parametrize("version", [None, 1.0, 1, True, "", "x", "1.", ".1", "1..0", "v1.0", "1.0 ", "1.0\n",
+                                         "1,0", "-1",
+                                         [], ["1.0"], {}, "9" * 5000])
+    @pytest.mark.parametrize("field", ["version", "minimumVersion"])
+    def test_what_is_no_version_is_refused(self, core, field, version):
+        """H1: a missing minimumVersion is all right."""
+        reply, = core.ask({"channel": "/meta/handshake", "version": "1.0", field: version})
+        if field == "minimumVersion" and version is None:
+            assert reply["successful"]
+        else:
+            assert error_code(reply) in (400, 409) and "clientId" not in reply
+            assert reply["advice"]["reconnect"] == "none"
+        assert len(core.core.sessions) == reply["successful"]
+
+    @pytest.mark.parametrize(("oldest", "is_spoken"), [
+        ("0.9", True), ("1.0", True), ("1", True), ("1.0beta", True), ("0.9.9", True), ("0.10", True),
+        ("1.1", False), ("1.0.1", False), ("2", False), ("2.0beta", False), ("10.0", False), ("1.10", False)])
+    def test_versions_are_compared_element_by_element(self, core, oldest, is_spoken):
+        """H1: 0.10 is not 0.1, and 1.0beta comes before 1.0."""
+        reply, = core.ask({"channel": "/meta/handshake", "version": "3.0", "minimumVersion": oldest})
+        assert reply["successful"] is is_spoken
+        if not is_spoken:
+            assert error_code(reply) == 409 and reply["advice"]["reconnect"] == "none" and "clientId" not in reply
+
+    @pytest.mark.parametrize("types", [["iframe"], [], ["LONG-POLLING"]])
+    def test_no_connection_type_in_common_is_answered_with_ours(self, core, types):
+        """H1, H3"""
+        reply, = core.ask({"channel": "/meta/handshake", "version": "1.0", "supportedConnectionTypes": types})
+        assert error_code(reply) == 409 and "clientId" not in reply
+        assert reply["supportedConnectionTypes"] == list(bayeux_server.CONNECTION_TYPES)
+        assert reply["advice"]["reconnect"] == "none"
+        assert not core.core.sessions
+
+    @pytest.mark.parametrize("types", [None, "long-polling", {"long-polling": 1}, ["long-polling", 5], [None], 5, True,
+                                       [[]]])
+    def test_connection_types_are_a_list_of_strings(self, core, types):
+        """H1"""
+        reply, = core.ask({"channel": "/meta/handshake", "version": "1.0", "supportedConnectionTypes": types})
+        assert error_code(reply) == 400 and reply["advice"]["reconnect"] == "none" and "clientId" not in reply
+
+    @pytest.mark.parametrize("transport", ["long-polling", "callback-polling"])
+    def test_without_connection_types_the_transport_speaks_for_itself(self, core, transport):
+        """H1, H5: dojo's handshake over JSONP names none."""
+        reply, = core.ask({"channel": "/meta/handshake", "version": "1.0"}, transport=transport)
+        assert reply["successful"] and transport in reply["supportedConnectionTypes"]
+
+    def test_a_handshake_makes_the_rest_of_its_request_void(self, core):
+        """H2: wherever it stands; its reply is the only one, so the first."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        reply, = core.ask({"channel": "/a", "clientId": client_id, "data": 1, "id": 1}, 5,
+                          {"channel": "/meta/handshake", "version": "1.0", "id": 2},
+                          {"channel": "/meta/handshake", "version": "1.0", "id": 3},
+                          {"channel": "/meta/disconnect", "clientId": client_id, "id": 4})
+        assert reply["successful"] and reply["id"] == 2
+        assert len(core.core.sessions) == 2 and core.events(client_id) == []
+
+    def test_a_refused_handshake_makes_the_rest_void_too(self, core):
+        """H2"""
+        client_id = core.handshake()
+        reply, = core.ask({"channel": "/meta/disconnect", "clientId": client_id}, {"channel": "/meta/handshake"})
+        assert error_code(reply) == 400
+        assert client_id in core.core.sessions
+
+    def test_a_handshake_that_names_a_live_session_leaves_it_be(self, core):
+        """H4: nobody can take over or end a session by a handshake."""
+        old = core.handshake()
+        core.subscribe(old, "/a")
+        held = core.hold(old)
+        reply, = core.ask({"channel": "/meta/handshake", "version": "1.0", "clientId": old})
+        new = reply["clientId"]
+        assert reply["successful"] and new != old and not core.core.sessions[new].subscriptions
+        core.core.publish("/a", 1)
+        core.work()
+        assert [event["data"] for event in held.answer[1:]] == [1]
+
+    @pytest.mark.parametrize("client_id", [None, "", "unknown", 5, [], {}, True])
+    def test_a_handshake_cares_for_no_client_id(self, core, client_id):
+        """H4"""
+        assert core.handshake(clientId=client_id)
+
+    def test_a_session_knows_its_address(self, core):
+        """SEED: for message_acl."""
+        reply, = core.ask({"channel": "/meta/handshake", "version": "1.0"}, address="10.9.8.7")
+        assert core.core.sessions[reply["clientId"]].address == "10.9.8.7"
+
+
+class TestConnect:
+    def test_the_first_connect_is_answered_at_once_with_advice(self, core):
+        """C2: dojox, aiocometd and python-bayeux say nothing before it returns."""
+        client_id = core.handshake(connect=False)
+        reply, = core.ask(core.connect_message(client_id, id="1"))
+        assert reply == {"channel": "/meta/connect", "successful": True, "id": "1",
+                         "advice": {"reconnect": "retry", "interval": 0, "timeout": 30_000}}
+
+    def test_later_connects_are_held_until_there_is_an_event(self, core):
+        """C2, C4: which follows the connect reply, and that carries its id."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        held = core.hold(client_id, id=7)
+        core.work()
+        assert held.answer is None
+        core.core.publish("/a", "event")
+        core.work()
+        assert held.answer == [{"channel": "/meta/connect", "successful": True, "id": 7},
+                               {"channel": "/a", "data": "event"}]
+
+    def test_later_connects_are_held_no_longer_than_timeout(self):
+        """C2: Faye gives up a server that holds longer than it advised."""
+        core = CorePeer(timeout=10)
+        client_id = core.handshake()
+        held = core.hold(client_id, id="8")
+        core.pass_time(9.5)
+        assert held.answer is None
+        core.pass_time(0.5)
+        assert held.answer == [{"channel": "/meta/connect", "successful": True, "id": "8"}]
+        assert core.hold(client_id)
+
+    def test_each_connect_is_held_anew(self):
+        """C2: an earlier deadline is none of a later connect's."""
+        core = CorePeer(timeout=10)
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        core.hold(client_id)
+        core.pass_time(6)
+        core.core.publish("/a", 1)
+        core.work()
+        second = core.hold(client_id)
+        core.pass_time(9)
+        assert second.answer is None
+        core.pass_time(2)
+        assert second.answer is not None
+
+    def test_a_connect_with_waiting_events_is_not_left_waiting(self, core):
+        """C2, C4"""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        core.core.publish("/a", 1)
+        core.core.publish("/a", 2)
+        exchange = core.send(core.connect_message(client_id))
+        core.work()
+        assert [event["data"] for event in exchange.answer[1:]] == [1, 2]
+
+    @pytest.mark.parametrize(("advice", "seconds"), [
+        ({"timeout": 5000}, 5), ({"timeout": 0.5}, 0.0005), ({"timeout": 10**200}, 30), ({"timeout": 60_000}, 30),
+        ({"timeout": -1}, 30), ({"timeout": "5000"}, 30), ({"timeout": True}, 30), ({"timeout": None}, 30),
+        ({"timeout": [5]}, 30), ({}, 30), ([], 30), ("x", 30), (None, 30), (0, 30)])
+    def test_a_smaller_timeout_of_the_clients_is_honoured(self, core, advice, seconds):
+        """C2: anything else is as if it had said nothing."""
+        held = core.hold(core.handshake(), advice=advice)
+        core.pass_time(seconds * 0.9)
+        assert held.answer is None
+        core.pass_time(seconds * 0.2)
+        assert held.answer[0]["successful"]
+
+    def test_a_connect_with_timeout_0_is_not_held(self, core):
+        """C2"""
+        client_id = core.handshake()
+        for timeout in (0, 0.0, -0.0):
+            assert core.ask(core.connect_message(client_id, advice={"timeout": timeout}))[0]["successful"]
+
+    @pytest.mark.parametrize("is_first", [True, False])
+    def test_a_connect_that_shares_its_request_is_not_held(self, core, is_first):
+        """C2: aiocometd and Faye send it with a subscribe, and wait for both."""
+        client_id = core.handshake()
+        connect = core.connect_message(client_id, id="c")
+        subscribe = {"channel": "/meta/subscribe", "clientId": client_id, "subscription": "/a", "id": "s"}
+        replies = core.ask(*([connect, subscribe] if is_first else [subscribe, connect]))
+        assert [reply["id"] for reply in replies] == (["c", "s"] if is_first else ["s", "c"])
+        assert all(reply["successful"] for reply in replies)
+
+    @pytest.mark.parametrize("other", [5, None, {}, {"channel": "/meta/nope"}, {"channel": "/meta/connect"}])
+    def test_a_connect_beside_a_bad_message_is_not_held_either(self, core, other):
+        """C2, G1"""
+        client_id = core.handshake()
+        for messages in ([core.connect_message(client_id), other], [other, core.connect_message(client_id)]):
+            replies = core.ask(*messages)
+            assert sorted(reply["successful"] for reply in replies) == [False, True]
+
+    def test_a_connect_with_another_request_behind_it_is_not_held(self, core):
+        """C2: on its connection; the answer to that would have to wait."""
+        client_id = core.handshake()
+        assert core.ask(core.connect_message(client_id), may_hold=False)[0]["successful"]
+
+    def test_a_held_connect_is_answered_when_another_request_comes_behind_it(self, core):
+        """C2: without events, which wait for the next."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        held = core.hold(client_id, id=3)
+        core.core.answer_now(held)
+        assert held.answer == [{"channel": "/meta/connect", "successful": True, "id": 3}]
+        core.core.answer_now(held)                  # nothing is held there any more
+        core.core.publish("/a", 1)
+        assert [event["data"] for event in core.events(client_id)] == [1]
+
+    def test_a_connect_is_handled_before_its_neighbours(self, core):
+        """SEED: the replies keep the order of the request, the events come last."""
+        client_id = core.handshake(connect=False)
+        replies = core.ask({"channel": "/meta/subscribe", "clientId": client_id, "subscription": "/a", "id": 1},
+                           {"channel": "/a", "clientId": client_id, "data": "mine", "id": 2},
+                           core.connect_message(client_id, id=3))
+        assert [reply.get("id") for reply in replies] == [1, 2, 3, None]
+        assert replies[3] == {"channel": "/a", "data": "mine"}
+
+    def test_a_second_connect_of_a_request_is_refused(self, core):
+        """SEED, C3: whose ever it is."""
+        first, second = core.handshake(), core.handshake()
+        for other in (first, second):
+            replies = core.ask(core.connect_message(first, id=1), core.connect_message(other, id=2))
+            assert replies[0]["successful"] and error_code(replies[1]) == 409
+            assert [reply["id"] for reply in replies] == [1, 2]
+
+    def test_a_refused_connect_does_not_count_as_the_requests_connect(self, core):
+        """G1: one bad message never voids its neighbours."""
+        client_id = core.handshake()
+        replies = core.ask(core.connect_message("nobody", id=1), core.connect_message(client_id, id=2))
+        assert [reply["successful"] for reply in replies] == [False, True]
+
+    def test_a_second_connect_releases_the_first(self, core):
+        """C3: which is answered with its own id, successful and without events; those go to the newer one."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        older = core.hold(client_id, id="old")
+        newer = core.hold(client_id, id="new")
+        core.core.publish("/a", 1)
+        core.work()
+        assert older.answer == [{"channel": "/meta/connect", "successful": True, "id": "old"}]
+        assert newer.answer == [{"channel": "/meta/connect", "successful": True, "id": "new"},
+                                {"channel": "/a", "data": 1}]
+
+    def test_a_second_connect_takes_the_events_that_came_before_it(self, core):
+        """C3: the older one had not been answered yet."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        older = core.hold(client_id)
+        core.core.publish("/a", 1)
+        newer = core.send(core.connect_message(client_id))
+        core.work()
+        assert older.answer[1:] == [] and [event["data"] for event in newer.answer[1:]] == [1]
+
+    @pytest.mark.parametrize("fields", [{"advice": {"timeout": 0}}, {}])
+    def test_a_connect_that_is_not_held_releases_the_older_too(self, core, fields):
+        """C3: CometD's page reload, and a connect in a batch."""
+        client_id = core.handshake()
+        older = core.hold(client_id, id="old")
+        messages = [core.connect_message(client_id, **fields)] + ([] if fields else [{"channel": "/meta/ping"}])
+        core.ask(*messages)
+        core.work()
+        assert older.answer == [{"channel": "/meta/connect", "successful": True, "id": "old"}]
+        assert core.core.sessions[client_id].hold is None
+
+    @pytest.mark.parametrize("fields", [{"connectionType": "iframe"}, {"connectionType": None}, {"id": []}])
+    def test_a_refused_connect_releases_nothing(self, core, fields):
+        """C3"""
+        client_id = core.handshake()
+        older = core.hold(client_id)
+        assert error_code(core.ask(core.connect_message(client_id, **fields))[0]) == 400
+        core.work()
+        assert older.answer is None
+
+    def test_two_connects_at_the_same_time_leave_one_held(self, core):
+        """C3: on two connections; nothing is lost, and neither hangs for ever."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        for number in range(100):
+            exchanges = [FakeExchange(core.core), FakeExchange(core.core)]
+            at_once(*[sending(core, core.connect_message(client_id), exchange) for exchange in exchanges])
+            core.work()
+            assert sorted(exchange.answer is None for exchange in exchanges) == [False, True]
+            core.core.publish("/a", number)
+            core.work()
+            batches = sorted((exchange.answer for exchange in exchanges), key=len)
+            assert [len(batch) for batch in batches] == [1, 2] and batches[1][1]["data"] == number
+            assert all(batch[0]["successful"] for batch in batches)
+
+    def test_connects_and_a_disconnect_at_the_same_time_leave_nothing_held(self, core):
+        """C3, X1"""
+        for _ in range(50):
+            client_id = core.handshake()
+            exchanges = [FakeExchange(core.core), FakeExchange(core.core)]
+            disconnect = {"channel": "/meta/disconnect", "clientId": client_id}
+            at_once(sending(core, disconnect, FakeExchange(core.core)),
+                    *[sending(core, core.connect_message(client_id), exchange) for exchange in exchanges])
+            core.work()
+            assert all(len(exchange.answer) == 1 for exchange in exchanges)
+            assert not core.core.sessions
+
+    def test_events_travel_only_with_connect_replies(self, core):
+        """C4: the order over two connections depends on it, and python-bayeux."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        for message in ({"channel": "/a", "data": 1}, {"channel": "/meta/subscribe", "subscription": "/b"},
+                        {"channel": "/meta/ping"}, {"channel": "/service/none"}):
+            assert len(core.ask({**message, "clientId": client_id})) == 1
+        assert [event["data"] for event in core.events(client_id)] == [1]
+
+    @pytest.mark.parametrize("client_id", ["unknown", "", "0" * 32, "\u00e4"])
+    def test_an_unknown_client_is_told_to_handshake(self, core, client_id):
+        """C1"""
+        for message in (core.connect_message(client_id),
+                        {"channel": "/meta/subscribe", "clientId": client_id, "subscription": "/a"},
+                        {"channel": "/meta/unsubscribe", "clientId": client_id, "subscription": "/a"},
+                        {"channel": "/meta/disconnect", "clientId": client_id},
+                        {"channel": "/a", "clientId": client_id, "data": 1},
+                        {"channel": "/service/x", "clientId": client_id}):
+            reply, = core.ask(message)
+            if message["channel"] != "/service/x":
+                assert error_code(reply) == 402
+                assert reply["advice"] == ADVICE_HANDSHAKE
+
+    @pytest.mark.parametrize("channel", ["/meta/connect", "/meta/subscribe", "/meta/unsubscribe", "/meta/disconnect",
+                                         "/a"])
+    @pytest.mark.parametrize(("fields", "code"), [({}, 401), ({"clientId": None}, 401), ({"clientId": 5}, 400),
+                                                  ({"clientId": ["x"]}, 400), ({"clientId": {}}, 400),
+                                                  ({"clientId": True}, 400)])
+    def test_a_missing_client_id_is_answered(self, core, channel, fields, code):
+        """C1: it killed the original."""
+        reply, = core.ask({"channel": channel, "connectionType": "long-polling", "subscription": "/a", "data": 1,
+                           **fields})
+        assert error_code(reply) == code and reply["advice"] == ADVICE_HANDSHAKE
+
+    @pytest.mark.parametrize("connection_type", ["iframe", "", "Long-Polling", None, 5, ["long-polling"], {}, True])
+    def test_a_connection_type_that_we_do_not_offer_is_refused(self, core, connection_type):
+        """C1: and the session lives on."""
+        client_id = core.handshake()
+        assert error_code(core.ask(core.connect_message(client_id, connectionType=connection_type))[0]) == 400
+        assert core.hold(client_id)
+
+    def test_interval_is_advised_and_0_by_default(self):
+        """Trap: aiocometd reads any other interval as seconds."""
+        core = CorePeer()
+        reply, = core.ask({"channel": "/meta/handshake", "version": "1.0"})
+        connect, = core.ask(core.connect_message(reply["clientId"]))
+        assert reply["advice"]["interval"] == connect["advice"]["interval"] == 0
+
+
+class TestSubscribe:
+    @pytest.mark.parametrize("subscription", ["/a", ["/a"], ["/a", "/b/*"], ["/a", "/a"], "/**", "/service/x",
+                                              ["/service/x", "/a"]])
+    def test_the_reply_repeats_the_subscription_as_it_came(self, core, subscription):
+        """S1: a list stays a list, a string a string; aiocometd crashes on a list where it sent a string."""
+        client_id = core.handshake()
+        for channel in ("/meta/subscribe", "/meta/unsubscribe"):
+            assert core.ask({"channel": channel, "clientId": client_id, "subscription": subscription, "id": 1}) == [
+                {"channel": channel, "successful": True, "subscription": subscription, "id": 1}]
+
+    @pytest.mark.parametrize("bad", ["/meta/connect", "/*/b", "a", "", "/b/", "/b c", "/meta/**", 5, None, [], ["/c"],
+                                     True])
+    def test_a_list_with_a_refused_member_is_refused_as_a_whole(self, core, bad):
+        """S1: nothing recorded, and the error names what is wrong."""
+        client_id = core.handshake()
+        for subscription in (["/a", bad], [bad, "/a"]):
+            reply, = core.ask({"channel": "/meta/subscribe", "clientId": client_id, "subscription": subscription})
+            assert error_code(reply) in (400, 403, 405) and reply["subscription"] == subscription
+            if isinstance(bad, str):
+                assert reply["error"].split(":")[1] == bad
+        assert not core.core.sessions[client_id].subscriptions and not core.core.registry._subscribers
+        assert not core.told_of("subscribe")
+
+    @pytest.mark.parametrize("subscription", [None, 5, True, {}, {"/a": 1}, [], [5], [None], [["/a"]], 1.5])
+    @pytest.mark.parametrize("channel", ["/meta/subscribe", "/meta/unsubscribe"])
+    def test_a_subscription_of_another_type_is_malformed(self, core, channel, subscription):
+        """S1: the reply repeats it all the same."""
+        reply, = core.ask({"channel": channel, "clientId": core.handshake(), "subscription": subscription, "id": 0})
+        assert error_code(reply) == 400 and reply["subscription"] == subscription and reply["id"] == 0
+
+    @pytest.mark.parametrize("pattern", ["/meta/connect", "/meta/*", "/meta/**", "/meta/a/b"])
+    def test_meta_channels_cannot_be_subscribed(self, core, pattern):
+        """S2"""
+        reply, = core.ask({"channel": "/meta/subscribe", "clientId": core.handshake(), "subscription": pattern})
+        assert error_code(reply) == 403
+
+    def test_a_service_channel_is_granted_and_not_recorded(self, core):
+        """S2"""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/service/echo", "/service/*", "/service/**")
+        assert not core.core.sessions[client_id].subscriptions and not core.told_of("subscribe")
+
+    def test_overlapping_and_repeated_subscriptions_deliver_one_copy(self, core):
+        """S3"""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a/b", "/a/*", "/a/**", "/**", "/a/b")
+        core.subscribe(client_id, "/a/b")
+        core.core.publish("/a/b", 1)
+        assert len(core.events(client_id)) == 1
+        core.ask({"channel": "/meta/unsubscribe", "clientId": client_id, "subscription": ["/a/b", "/a/*", "/a/**"]})
+        core.core.publish("/a/b", 2)
+        assert len(core.events(client_id)) == 1
+
+    def test_a_subscription_is_effective_for_the_next_message(self, core):
+        """S3: of the same request; and an unsubscription as well."""
+        client_id = core.handshake()
+        subscription = {"clientId": client_id, "subscription": "/a"}
+        core.ask({"channel": "/a", "clientId": client_id, "data": 1}, {"channel": "/meta/subscribe", **subscription},
+                 {"channel": "/a", "clientId": client_id, "data": 2}, {"channel": "/meta/unsubscribe", **subscription},
+                 {"channel": "/a", "clientId": client_id, "data": 3})
+        assert [event["data"] for event in core.events(client_id)] == [2]
+
+    def test_what_was_queued_before_an_unsubscribe_still_comes(self, core):
+        """S3: an event goes to who is subscribed when it is published."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        core.core.publish("/a", 1)
+        core.ask({"channel": "/meta/unsubscribe", "clientId": client_id, "subscription": "/a"})
+        core.core.publish("/a", 2)
+        assert [event["data"] for event in core.events(client_id)] == [1]
+
+    @pytest.mark.parametrize("subscription", ["/b", "/a/*", "/**", ["/a", "/b"], ["/b", "/a"], "/A"])
+    def test_unsubscribing_what_was_not_subscribed_fails(self, core, subscription):
+        """S4: as a whole; a wildcard is a subscription of its own."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        reply, = core.ask({"channel": "/meta/unsubscribe", "clientId": client_id, "subscription": subscription,
+                           "id": 1})
+        assert error_code(reply) == 404 and reply["subscription"] == subscription
+        assert core.core.sessions[client_id].subscriptions == {"/a"} and not core.told_of("unsubscribe")
+
+    def test_unsubscribing_touches_nobody_else(self, core):
+        """S4"""
+        first, second = core.handshake(), core.handshake()
+        core.subscribe(first, "/a")
+        core.subscribe(second, "/a")
+        core.ask({"channel": "/meta/unsubscribe", "clientId": first, "subscription": "/a"})
+        core.core.publish("/a", 1)
+        assert core.events(first) == [] and len(core.events(second)) == 1
+
+    def test_names_are_told_apart_by_case_and_are_never_prefixes(self, core):
+        """N1"""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/A", "/ab", "/a/b", "/meta", "/service", "/metaphor/x")
+        for channel in ("/a", "/meta", "/service", "/metaphor/x"):
+            core.publish(client_id, channel, channel)
+        assert [event["data"] for event in core.events(client_id)] == ["/meta", "/service", "/metaphor/x"]
+
+
+class TestPublish:
+    def test_the_reply_is_channel_successful_and_id(self, core):
+        """P1: data in it would make it an event for some clients."""
+        client_id = core.handshake()
+        assert core.ask({"channel": "/a/b", "clientId": client_id, "data": {"x": 1}, "ext": {"y": 2}, "id": "5"}) == [
+            {"channel": "/a/b", "successful": True, "id": "5"}]
+
+    def test_an_event_is_no_reply(self, core):
+        """Trap: successful in an event makes clients take it for one."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        core.publish(client_id, "/a", id="5")
+        event, = core.events(client_id)
+        assert not {"successful", "id", "error", "advice", "clientId"} & set(event)
+
+    def test_the_publisher_gets_its_own_event_if_subscribed(self, core):
+        """P1"""
+        subscribed, other = core.handshake(), core.handshake()
+        core.subscribe(subscribed, "/a")
+        core.publish(subscribed, "/a", 1)
+        core.publish(other, "/a", 2)
+        assert [event["data"] for event in core.events(subscribed)] == [1, 2]
+        assert core.events(other) == []
+
+    @pytest.mark.parametrize(("channel", "code"), [
+        ("/a/*", 405), ("/**", 405), ("/a b", 405), ("a", 405), ("/a/", 405), ("", 405), ("/\u00e4", 405),
+        ("/a.b", 405),
+        ("/meta/a", 404), ("/meta/connect/x", 404), ("/META/connect", None), ("/meta/*", 404), ("/service/*", 405)])
+    def test_only_broadcast_channels_can_be_published_to(self, core, channel, code):
+        """P1: and nobody receives what is refused."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/**")
+        reply, = core.ask({"channel": channel, "clientId": client_id, "data": 1})
+        if code is None:
+            assert reply["successful"]
+        else:
+            assert error_code(reply) == code and core.events(client_id) == []
+
+    def test_publishing_needs_a_live_client(self, core):
+        """P1: unless anon_publish says otherwise."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        for fields in ({}, {"clientId": None}, {"clientId": "nobody"}, {"clientId": ""}, {"clientId": 0},
+                       {"clientId": False}):
+            reply, = core.ask({"channel": "/a", "data": 1, **fields})
+            assert error_code(reply) in (400, 401, 402)
+        assert core.events(client_id) == [] and not core.told_of("publish")
+
+    def test_anonymous_publishing_can_be_allowed(self):
+        """P1, SEED: anon_publish; a null clientId is none, a wrong one is refused all the same."""
+        core = CorePeer(anon_publish=True)
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        replies = core.ask({"channel": "/a", "data": 1, "id": 1}, {"channel": "/a", "data": 2, "clientId": None},
+                           {"channel": "/a", "data": 3, "clientId": "nobody"},
+                           {"channel": "/a", "data": 4, "clientId": 0},
+                           {"channel": "/a"}, {"channel": "/a/*", "data": 5}, {"channel": "/meta/a", "data": 6})
+        assert replies[0] == {"channel": "/a", "successful": True, "id": 1} and replies[1]["successful"]
+        assert [error_code(reply) for reply in replies[2:]] == [402, 400, 400, 405, 404]
+        assert core.events(client_id) == [{"channel": "/a", "data": 1}, {"channel": "/a", "data": 2}]
+        assert core.told_of("publish") == [{"channel": "/a", "data": 1, "id": 1}, {"channel": "/a", "data": 2}]
+
+    @pytest.mark.parametrize("message", [{"channel": "/meta/connect", "connectionType": "long-polling"},
+                                         {"channel": "/meta/disconnect"},
+                                         {"channel": "/meta/subscribe", "subscription": "/a"},
+                                         {"channel": "/meta/unsubscribe", "subscription": "/a"}])
+    def test_anonymous_publishing_opens_nothing_else(self, message):
+        """SEED: anon_publish"""
+        core = CorePeer(anon_publish=True)
+        assert error_code(core.ask(message)[0]) == error_code(core.ask({**message, "clientId": None})[0]) == 401
+
+    def test_events_of_one_publisher_keep_their_order(self, core):
+        """P2: within a batch, over batches, and over connects."""
+        publisher, subscriber = core.handshake(), core.handshake()
+        core.subscribe(subscriber, "/**")
+        received = []
+        for number in range(0, 100, 5):
+            core.ask(*[{"channel": f"/c{each % 3}", "clientId": publisher, "data": each}
+                       for each in range(number, number + 5)])
+            if number % 15 == 0:
+                received += core.events(subscriber)
+        received += core.events(subscriber)
+        assert [event["data"] for event in received] == list(range(100))
+
+    def test_a_published_event_is_queued_by_the_time_of_the_reply(self, core):
+        """P2: who was told that it is published may rely on it."""
+        publisher, subscriber = core.handshake(), core.handshake()
+        core.subscribe(subscriber, "/a")
+        core.publish(publisher, "/a", 1)
+        assert [event["data"] for event in core.events(subscriber)] == [1]
+
+    def test_everybody_at_once(self, core):
+        """P2: subscribing, publishing, connecting and leaving from eight threads; each publisher's order is kept."""
+        subscriber = core.handshake()
+        core.subscribe(subscriber, "/a")
+        received, finished = [], threading.Event()
+        publishers = [core.handshake() for _ in range(3)]
+
+        def publish(publisher):
+            for number in range(100):
+                core.ask({"channel": "/a", "clientId": publisher, "data": [publisher, number]})
+
+        def come_and_go():
+            for _ in range(60):
+                client_id = core.handshake()
+                core.subscribe(client_id, "/a", "/b")
+                core.events(client_id)
+                core.ask({"channel": "/meta/disconnect", "clientId": client_id})
+
+        def fetch():
+            while not finished.is_set():
+                received.extend(core.events(subscriber))
+
+        def publish_all():
+            try:
+                at_once(*[lambda publisher=publisher: publish(publisher) for publisher in publishers], come_and_go,
+                        come_and_go)
+            finally:
+                finished.set()
+
+        at_once(publish_all, fetch)
+        received += core.events(subscriber)
+        assert all("data" in event for event in received)
+        for publisher in publishers:
+            assert [event["data"][1] for event in received if event["data"][0] == publisher] == list(range(100))
+        assert set(core.core.registry._subscribers) == {"/a"}
+
+
+class TestServices:
+    @staticmethod
+    def call(core, channel="/service/test", **fields):
+        return core.ask({"channel": channel, "clientId": core.handshake(), "data": "question", "id": "7", **fields})
+
+    @pytest.mark.parametrize("returned", [{"data": "answer"}, [{"data": "answer"}], ({"data": "answer"},),
+                                          {"only": {"data": "answer"}}.values()])
+    def test_one_answer_is_the_only_reply(self, returned):
+        """V1: channel, id and successful are filled in; no acknowledgement beside it."""
+        assert self.call(CorePeer(services={"test": lambda message: returned})) == [
+            {"channel": "/service/test", "id": "7", "successful": True, "data": "answer"}]
+
+    @pytest.mark.parametrize("returned", [None, [], (), {}.values()])
+    def test_no_answer_is_a_plain_reply(self, returned):
+        """V1, G1"""
+        assert self.call(CorePeer(services={"test": lambda message: returned})) == [
+            {"channel": "/service/test", "id": "7", "successful": True}]
+
+    def test_several_answers_all_come_back(self):
+        """V1, SEED: in order, in the same response."""
+        core = CorePeer(services={"test": lambda message: [{"data": 1}, {"data": 2, "id": "other"}, {}]})
+        replies = core.ask({"channel": "/service/test", "clientId": core.handshake(), "id": 0},
+                           {"channel": "/meta/ping", "id": 1})
+        assert [(reply["id"], reply.get("data")) for reply in replies] == [(0, 1), ("other", 2), (0, None), (1, None)]
+
+    def test_what_the_service_filled_in_is_left_alone(self):
+        """V1, SEED: channel and id are filled in where missing."""
+        core = CorePeer(services={"test": lambda message: {
+            "channel": "/service/other", "id": None, "successful": False, "error": "400::No", "ext": {"a": 1}}})
+        assert self.call(core) == [
+            {"channel": "/service/other", "id": None, "successful": False, "error": "400::No", "ext": {"a": 1}}]
+
+    def test_a_call_without_an_id_is_answered_without_one(self):
+        """V1, N4"""
+        core = CorePeer(services={"test": lambda message: {"data": 1}})
+        reply, = core.ask({"channel": "/service/test", "clientId": core.handshake()})
+        assert reply == {"channel": "/service/test", "successful": True, "data": 1}
+
+    def test_a_service_is_given_the_message(self):
+        """SEED: data is not required; what the service does to the message changes no reply."""
+        seen = []
+
+        def service(message):
+            seen.append(dict(message))
+            message.clear()
+
+        core = CorePeer(services={"test": service})
+        assert self.call(core, ext={"a": 1})[0] == {"channel": "/service/test", "id": "7", "successful": True}
+        message, = seen
+        assert message.pop("clientId") in core.core.sessions
+        assert message == {"channel": "/service/test", "data": "question", "id": "7", "ext": {"a": 1}}
+
+    def test_handler_answers_what_has_no_service(self):
+        """SEED: services, _handler"""
+        core = CorePeer(services={"test": lambda message: {"data": "test"},
+                                  "_handler": lambda message: {"data": "fallback " + message["channel"]}})
+        assert self.call(core)[0]["data"] == "test"
+        assert self.call(core, "/service/unheard/of")[0]["data"] == "fallback /service/unheard/of"
+
+    def test_an_unknown_service_is_404(self, core):
+        """V1: the original answered an empty array."""
+        reply, = self.call(core)
+        assert error_code(reply) == 404 and reply["id"] == "7" and reply["channel"] == "/service/test"
+
+    @pytest.mark.parametrize("service", [
+        lambda message: 1 / 0, lambda message: "text", lambda message: 5, lambda message: [None],
+        lambda message: [{"data": 1}, "x"],
+        lambda message: {"data": object()}, lambda message: {"data": float("nan")}, lambda message: {"data": {1, 2}},
+        lambda: None, lambda message: ({"data": 1 / number} for number in (1, 0)), lambda message: {"data": "\ud800"}])
+    def test_a_service_that_fails_becomes_an_error_reply(self, service, errors):
+        """V1, SEED: logged, and its neighbours harmed in nothing."""
+        core = CorePeer(services={"test": service})
+        client_id = core.handshake()
+        replies = core.ask({"channel": "/meta/ping", "id": 1},
+                           {"channel": "/service/test", "clientId": client_id, "id": 2},
+                           {"channel": "/meta/ping", "id": 3})
+        assert [reply["id"] for reply in replies] == [1, 2, 3]
+        assert [reply["successful"] for reply in replies] == [True, False, True]
+        assert error_code(replies[1]) == 500
+        assert "ZeroDivision" not in replies[1]["error"]
+        logged, = errors.take()
+        assert "Traceback" in logged
+
+    def test_a_service_may_refuse(self):
+        """V1: by a BayeuxError of its own choice, which is no failure."""
+        def service(message):
+            raise bayeux_server.BayeuxError(403, "bob", "Not you")
+        reply, = self.call(CorePeer(services={"test": service}))
+        assert reply["error"] == "403:bob:Not you" and reply["id"] == "7" and reply["successful"] is False
+
+    def test_answers_go_to_the_sender_only(self):
+        """V1: not to a subscriber of /**, nor to one of the service's channel."""
+        core = CorePeer(services={"test": lambda message: {"data": "private"}})
+        other = core.handshake()
+        local = []
+        LocalClient(core, "bot").subscribe("/**", local.append)
+        core.subscribe(other, "/**", "/service/test", "/service/**")
+        self.call(core)
+        assert core.events(other) == [] and local == [] and not core.told_of("publish")
+
+    def test_a_service_may_publish_and_push(self):
+        """V1: no lock is held while it runs; a session subscribed gets it with its next connect."""
+        def service(message):
+            core.core.publish("/news", message["data"])
+            core.core.client_push(message["clientId"], "/for-you", "pushed")
+            return {"data": "done"}
+        core = CorePeer(services={"test": service})
+        client_id = core.handshake()
+        core.subscribe(client_id, "/news")
+        assert len(core.ask({"channel": "/service/test", "clientId": client_id, "data": "x"})) == 1
+        assert core.events(client_id) == [{"channel": "/news", "data": "x"}, {"channel": "/for-you", "data": "pushed"}]
+
+    def test_services_are_registered_by_decorator_too(self, serve):
+        """SEED: @server.service('echo')"""
+        server = serve()
+
+        @server.service("double")
+        def double(message):
+            return {"data": message["data"] * 2}
+
+        assert double({"data": 2}) == {"data": 4}
+        with Peer(server) as peer:
+            assert peer.ask("/service/double", data=21, id="1")["data"] == 42
+
+
+class TestAccessControl:
+    def test_every_message_is_asked_about(self):
+        """SEED: message_acl; handshake, services and anonymous publishes included (the original forgot those)."""
+        seen = []
+        core = CorePeer(message_acl=lambda session, message: seen.append((session.id, message["channel"])),
+                        anon_publish=True,
+                        services={"x": lambda message: None})
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        core.publish(client_id, "/a")
+        core.ask({"channel": "/service/x", "clientId": client_id}, {"channel": "/a", "data": 1},
+                 {"channel": "/service/x"}, {"channel": "/meta/ping"},
+                 {"channel": "/meta/unsubscribe", "clientId": client_id, "subscription": "/a"},
+                 {"channel": "/meta/disconnect", "clientId": client_id})
+        assert seen == [(client_id, "/meta/handshake"), (client_id, "/meta/connect"), (client_id, "/meta/subscribe"),
+                        (client_id, "/a"), (client_id, "/service/x"), (None, "/a"), (None, "/service/x"),
+                        (None, "/meta/ping"),
+                        (client_id, "/meta/unsubscribe"), (client_id, "/meta/disconnect")]
+
+    @pytest.mark.parametrize("message", [
+        {"channel": "/meta/connect", "connectionType": "long-polling"},
+        {"channel": "/meta/subscribe", "subscription": ["/b"]},
+        {"channel": "/meta/unsubscribe", "subscription": "/a"}, {"channel": "/meta/disconnect"},
+        {"channel": "/a", "data": 1},
+        {"channel": "/service/x"}, {"channel": "/meta/ping"}])
+    def test_a_refused_message_has_no_effect(self, message):
+        """SEED: message_acl"""
+        called = []
+        refused = set()
+        core = CorePeer(message_acl=lambda session, asked: "Not you" if asked["channel"] in refused else None,
+                        services={"x": called.append})
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        held = core.hold(client_id)
+        refused.add(message["channel"])
+        told = len(core.told)
+        reply, = core.ask({**message, "clientId": client_id, "id": 4})
+        assert reply["error"] == f"403:{message['channel']}:Not you"
+        assert reply["id"] == 4 and reply["successful"] is False
+        core.work()
+        assert held.answer is None and not called and len(core.told) == told
+        assert core.core.sessions[client_id].subscriptions == {"/a"} and not core.core.sessions[client_id].queue
+
+    def test_anonymous_publishes_and_service_calls_can_be_refused(self):
+        """SEED: message_acl; who has no clientId has a session of this one message."""
+        called = []
+
+        def acl(session, message):
+            return "Not you" if session.id is None and session.address != "10.0.0.7" else None
+
+        core = CorePeer(anon_publish=True, services={"x": called.append}, message_acl=acl)
+        watcher = core.handshake()
+        core.subscribe(watcher, "/a")
+        for message in ({"channel": "/a", "data": 1}, {"channel": "/a", "data": 1, "clientId": None},
+                        {"channel": "/service/x"}):
+            assert error_code(core.ask(message)[0]) == 403
+        assert core.events(watcher) == [] and called == []
+        assert core.ask({"channel": "/a", "data": 2}, address="10.0.0.7")[0]["successful"]
+        assert len(core.events(watcher)) == 1
+
+    def test_flags_remember_for_the_session(self):
+        """SEED: client.flags, from the handshake on, and for that session only."""
+        def acl(session, message):
+            if message["channel"] == "/meta/handshake":
+                session.flags["user"] = message.get("ext", {}).get("user")
+            elif message["channel"] == "/a" and session.flags["user"] != "bob":
+                return "Only bob"
+        core = CorePeer(message_acl=acl)
+        bob, eve = core.handshake(ext={"user": "bob"}), core.handshake(ext={"user": "eve"})
+        replies = core.ask({"channel": "/a", "clientId": bob, "data": 1}, {"channel": "/a", "clientId": eve, "data": 1})
+        assert [reply["successful"] for reply in replies] == [True, False]
+
+    @pytest.mark.parametrize(("text", "reconnect"),
+                             [("Go away", "none"), ("403::Go away", "none"), ("401:bob:Wrong password", "handshake")])
+    def test_a_refused_handshake_makes_no_session(self, text, reconnect):
+        """H3: another try is advised where other credentials would help."""
+        core = CorePeer(message_acl=lambda session, message: text)
+        reply, = core.ask({"channel": "/meta/handshake", "version": "1.0", "id": 1})
+        assert error_code(reply) in (401, 403) and "clientId" not in reply and reply["id"] == 1
+        assert reply["advice"]["reconnect"] == reconnect
+        assert not core.core.sessions and not core.told
+
+    @pytest.mark.parametrize("passes", [None, True, ""])
+    def test_no_text_lets_pass(self, passes):
+        """SEED: refuses by an error text"""
+        assert CorePeer(message_acl=lambda session, message: passes).handshake()
+
+    @pytest.mark.parametrize("refuses", [False, 0, 5, [], {"a": 1}])
+    def test_what_is_neither_text_nor_true_refuses(self, refuses):
+        """SEED: a rule that answers something else is on the safe side."""
+        core = CorePeer(message_acl=lambda session, message: refuses)
+        assert error_code(core.ask({"channel": "/meta/handshake", "version": "1.0"})[0]) == 403
+
+    def test_a_rule_that_fails_refuses(self, errors):
+        """SEED: and its failure is logged, not told to the client."""
+        core = CorePeer(message_acl=lambda session, message: message["password"])
+        reply, = core.ask({"channel": "/meta/handshake", "version": "1.0"})
+        assert error_code(reply) == 403 and "password" not in reply["error"] and not core.core.sessions
+        logged, = errors.take()
+        assert "KeyError" in logged
+
+    def test_a_rule_runs_without_the_lock(self):
+        """SEED: it may publish, and ask the server what it likes."""
+        def acl(session, message):
+            assert not core.core.lock.locked()
+            core.core.publish("/log", message["channel"])
+        core = CorePeer(message_acl=acl)
+        watcher = core.handshake()
+        core.core.subscribe("/log", watcher)
+        core.publish(watcher, "/a")
+        assert [event["data"] for event in core.events(watcher)] == ["/a", "/meta/connect"]
+
+    def test_a_rule_is_not_asked_for_who_is_unknown(self):
+        """C1: those are told to handshake anyway."""
+        seen = []
+        core = CorePeer(message_acl=lambda session, message: seen.append(message))
+        core.ask(core.connect_message("nobody"), {"channel": "/a", "data": 1}, {"channel": "/meta/nope"})
+        assert seen == []
+
+    def test_a_bound_session_works_only_with_its_cookie(self):
+        """T7: the core's part; another browser hears that there is no such session."""
+        core = CorePeer(bind_sessions=True)
+        reply, = core.ask({"channel": "/meta/handshake", "version": "1.0"}, browser="mine")
+        client_id = reply["clientId"]
+        for browser in ("other", None):
+            assert error_code(core.ask(core.connect_message(client_id), browser=browser)[0]) == 402
+        assert core.ask(core.connect_message(client_id), browser="mine")[0]["successful"]
+
+
+class TestDisconnect:
+    def test_a_disconnect_is_answered(self, core):
+        """X1"""
+        client_id = core.handshake()
+        assert core.ask({"channel": "/meta/disconnect", "clientId": client_id, "id": "9"}) == [
+            {"channel": "/meta/disconnect", "successful": True, "id": "9"}]
+        assert core.told_of("client_disconnect") == [{"client_id": client_id, "reason": "asked"}]
+
+    def test_it_releases_the_held_connect(self, core):
+        """X1: with a valid reply that asks for no other connect."""
+        client_id = core.handshake()
+        held = core.hold(client_id, id="c")
+        core.ask({"channel": "/meta/disconnect", "clientId": client_id})
+        core.work()
+        reply, = held.answer
+        assert reply["channel"] == "/meta/connect" and reply["id"] == "c" and reply["advice"]["reconnect"] == "none"
+
+    @pytest.mark.parametrize("message", [
+        {"channel": "/meta/connect", "connectionType": "long-polling"},
+        {"channel": "/meta/subscribe", "subscription": "/a"},
+        {"channel": "/meta/unsubscribe", "subscription": "/a"}, {"channel": "/meta/disconnect"},
+        {"channel": "/a", "data": 1},
+        {"channel": "/meta/ping"}])
+    def test_later_messages_are_told_to_handshake(self, core, message):
+        """X1: a second disconnect too."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        core.ask({"channel": "/meta/disconnect", "clientId": client_id})
+        reply, = core.ask({**message, "clientId": client_id})
+        assert error_code(reply) == 402 and reply["advice"] == ADVICE_HANDSHAKE
+
+    def test_later_messages_of_the_same_request_too(self, core):
+        """X1, G1: a publish before it is heard, one behind it is not."""
+        client_id, watcher = core.handshake(), core.handshake()
+        core.subscribe(watcher, "/a")
+        held = core.hold(client_id)
+        replies = core.ask({"channel": "/a", "clientId": client_id, "data": 1},
+                           {"channel": "/meta/disconnect", "clientId": client_id},
+                           {"channel": "/a", "clientId": client_id, "data": 2})
+        assert [reply["successful"] for reply in replies] == [True, True, False]
+        assert error_code(replies[2]) == 402
+        core.work()
+        assert held.answer is not None and [event["data"] for event in core.events(watcher)] == [1]
+
+    @pytest.mark.parametrize("is_connect_first", [True, False])
+    def test_a_connect_of_the_same_request_is_not_left_hanging(self, core, is_connect_first):
+        """X1, C2: it releases the older, and no event of the ended session leaves."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        older = core.hold(client_id, id="older")
+        messages = [core.connect_message(client_id, id="c"),
+                    {"channel": "/meta/disconnect", "clientId": client_id, "id": "d"}]
+        publish = {"channel": "/a", "clientId": client_id, "data": 1, "id": "p"}
+        replies = core.ask(publish, *(messages if is_connect_first else messages[::-1]))
+        assert [reply["id"] for reply in replies] == ["p"] + (["c", "d"] if is_connect_first else ["d", "c"])
+        assert all(reply["successful"] for reply in replies)
+        core.work()
+        assert len(older.answer) == 1 and not core.core.sessions
+
+    @pytest.mark.parametrize("message", [{"channel": "/meta/connect", "connectionType": "long-polling"},
+                                         {"channel": "/meta/subscribe", "subscription": "/b"}])
+    def test_a_session_may_end_while_its_message_is_looked_at(self, message):
+        """X1: by another request of it; then the message leaves nothing behind."""
+        def acl(session, asked):
+            if asked.get("id") == "meanwhile":
+                core.ask({"channel": "/meta/disconnect", "clientId": session.id})
+
+        core = CorePeer(message_acl=acl)
+        client_id = core.handshake()
+        reply, = core.ask({**message, "clientId": client_id, "id": "meanwhile"})
+        assert error_code(reply) == 402 and reply["advice"] == ADVICE_HANDSHAKE and reply["id"] == "meanwhile"
+        assert not core.core.registry._subscribers and not core.core.sessions
+
+    @pytest.mark.parametrize("send", [lambda core, client_id: core.publish("/a", 1),
+                                      lambda core, client_id: core.client_push(client_id, "/b", 1)])
+    def test_a_session_may_end_while_its_event_is_looked_at(self, send):
+        """X1: an extension takes its time; what it lets pass is thrown away."""
+        class Ending:
+            def outgoing(self, session, message):
+                if "data" in message and session.id in core.core.sessions:
+                    core.ask({"channel": "/meta/disconnect", "clientId": session.id})
+                return message
+
+        core = CorePeer(extensions=[Ending()])
+        client_id = core.handshake()
+        core.core.subscribe("/a", client_id)
+        session = core.core.sessions[client_id]
+        send(core.core, client_id)
+        assert session.ended == "asked" and not session.queue
+
+    def test_only_the_owner_of_the_id_can_disconnect(self, core):
+        """G4, X1: an id is not to be learnt from events, errors or other replies."""
+        victim, other = core.handshake(), core.handshake()
+        core.subscribe(other, "/**")
+        core.publish(victim, "/a", ext={"x": 1}, id="7")
+        core.ask({"channel": "/a", "clientId": victim}, {"channel": "/a", "clientId": victim, "data": 1})
+        assert victim not in json.dumps(core.events(other))
+
+
+class TestExtensions:
+    # -- Comment filtering: how it is written stands with the HTTP transport -----------------
+
+    @pytest.mark.parametrize("value", [True, 1, "true"])
+    def test_a_session_may_ask_for_comments(self, core, value):
+        """E6: every reply of it is filtered from then on, the handshake's and a held connect's included."""
+        shake = core.send({"channel": "/meta/handshake", "version": "1.0", "ext": {"json-comment-filtered": value}})
+        reply, = shake.answer
+        assert shake.comment_filtered and reply["ext"] == {"json-comment-filtered": True}
+        client_id = reply["clientId"]
+        for message in (core.connect_message(client_id), {"channel": "/a", "clientId": client_id, "data": 1},
+                        {"channel": "/a", "clientId": client_id}, core.connect_message(client_id),
+                        {"channel": "/meta/disconnect", "clientId": client_id}):
+            assert core.send(message).comment_filtered
+        assert core.send({"channel": "/meta/ping"}, 5).comment_filtered is False
+
+    def test_one_such_session_in_a_batch_is_enough(self, core):
+        """E6: every reply of it."""
+        plain = core.handshake()
+        filtered = core.handshake(ext={"json-comment-filtered": True})
+        publish = {"channel": "/a", "data": 1}
+        assert core.send({**publish, "clientId": plain}, {**publish, "clientId": filtered}).comment_filtered
+        assert not core.send({**publish, "clientId": plain}).comment_filtered
+
+    @pytest.mark.parametrize("ext", [{}, None, 5] + [
+        {"json-comment-filtered": value} for value in (False, 0, None, "", "false", [], {}, 2)])
+    def test_who_does_not_ask_gets_plain_json(self, core, ext):
+        """E6"""
+        exchange = core.send({"channel": "/meta/handshake", "version": "1.0", "ext": ext})
+        assert not exchange.comment_filtered and not core.core.sessions[exchange.answer[0]["clientId"]].comment_filtered
+
+    def test_comments_can_be_switched_off(self):
+        """E6: then the reply does not promise them."""
+        core = CorePeer(json_comment_filtered=False)
+        exchange = core.send({"channel": "/meta/handshake", "version": "1.0", "ext": {"json-comment-filtered": True}})
+        assert not exchange.comment_filtered and "ext" not in exchange.answer[0]
+
+    # -- Time synchronisation ----------------------------------------------------------------
+
+    @pytest.mark.parametrize("message", [
+        {"channel": "/meta/handshake", "version": "1.0"},
+        {"channel": "/meta/connect", "connectionType": "long-polling"},
+        {"channel": "/meta/ping"}, {"channel": "/meta/subscribe", "subscription": "/a"},
+        {"channel": "/meta/disconnect"},
+        {"channel": "/meta/subscribe"}, {"channel": "/meta/unsubscribe", "subscription": "/nope"}])
+    def test_timesync_is_answered_on_any_meta_message(self, core, message):
+        """E2: tc, ts, p and a, all numbers, in a refusal too."""
+        begin = time.time() * 1000
+        reply, = core.ask({**message, "clientId": core.handshake(), "id": 1,
+                           "ext": {"timesync": {"tc": 1234567890123, "l": 5, "o": -7}}},
+                          may_hold=False)
+        timesync = reply["ext"]["timesync"]
+        assert set(timesync) == {"tc", "ts", "p", "a"} and timesync["tc"] == 1234567890123
+        assert all(type(value) in (int, float) for value in timesync.values())
+        assert begin - 1 <= timesync["ts"] <= time.time() * 1000 + 1 and timesync["p"] >= 0
+        assert timesync["a"] == pytest.approx(1234567890123 + 5 - 7 - timesync["ts"], abs=1.5)
+
+    def test_ping_needs_no_session(self, core):
+        """E2, SEED: the dojo client of 2008 asks there."""
+        reply, = core.ask({"channel": "/meta/ping", "id": "0", "ext": {"timesync": {"tc": 1, "l": 0, "o": 0}}})
+        assert reply["successful"] and reply["id"] == "0" and set(reply["ext"]["timesync"]) == {"tc", "ts", "p", "a"}
+        assert not core.core.sessions
+
+    def test_a_held_connect_says_how_long_it_was_held(self, core, monkeypatch):
+        """E2: p; and one without timesync keeps its reply plain."""
+        now = [1_000_000.0]
+        monkeypatch.setattr(bayeux_server.time, "time", lambda: now[0])
+        client_id = core.handshake()
+        held = core.hold(client_id, id=5, ext={"timesync": {"tc": 1_000_000_000, "l": 0, "o": 0}})
+        now[0] += 12.5
+        core.pass_time(30)
+        assert held.answer == [{"channel": "/meta/connect", "successful": True, "id": 5,
+                                "ext": {"timesync": {"tc": 1_000_000_000, "ts": 1_000_000_000, "p": 12_500, "a": 0}}}]
+
+    def test_timesync_joins_what_else_is_in_ext(self, core):
+        """E2, E6"""
+        reply, = core.ask({"channel": "/meta/handshake", "version": "1.0",
+                           "ext": {"json-comment-filtered": True, "timesync": {"tc": 1, "l": 2, "o": 3}}})
+        assert set(reply["ext"]) == {"json-comment-filtered", "timesync"}
+
+    @pytest.mark.parametrize("timesync", [None, 5, "x", [], {}, {"tc": None}, {"tc": "1"}, {"tc": True}, {"tc": []},
+                                          {"l": 1, "o": 1}])
+    def test_a_timesync_without_a_time_is_ignored(self, core, timesync):
+        """E2, G3"""
+        reply, = core.ask({"channel": "/meta/ping", "ext": {"timesync": timesync}})
+        assert reply == {"channel": "/meta/ping", "successful": True}
+
+    @pytest.mark.parametrize("timesync", [
+        {"tc": 1}, {"tc": 1, "l": "x", "o": None}, {"tc": -1.5, "l": [], "o": {}},
+        {"tc": 1e308, "l": 1e308, "o": 1e308},
+        {"tc": -1e308, "l": -1e308, "o": -1e308}, {"tc": 1, "l": 1e308, "o": 1e308},
+        {"tc": 10**299, "l": 1.5, "o": 10**299}])
+    @pytest.mark.parametrize("channel", ["/meta/ping", "/meta/nope"])
+    def test_times_that_are_none_harm_nothing(self, core, timesync, channel):
+        """E2, G5: one reply, and numbers if there are any."""
+        reply, = core.ask({"channel": channel, "id": 1, "ext": {"timesync": timesync}})
+        assert reply["id"] == 1 and reply["successful"] == (channel == "/meta/ping")
+        assert all(type(value) in (int, float) for value in reply.get("ext", {}).get("timesync", {}).values())
+
+    def test_times_that_are_none_do_not_stop_the_answers_to_held_connects(self, core):
+        """E2, G5: the answer is made where the answers of all others leave."""
+        hostile, other = core.handshake(), core.handshake()
+        core.subscribe(hostile, "/a")
+        core.subscribe(other, "/a")
+        held = [core.hold(hostile, ext={"timesync": {"tc": 1e308, "l": 1e308, "o": 1e308}}), core.hold(other)]
+        core.core.publish("/a", 1)
+        core.work()
+        assert [exchange.answer[1:] for exchange in held] == [[{"channel": "/a", "data": 1}]] * 2
+
+    def test_timesync_can_be_switched_off(self):
+        """E2"""
+        core = CorePeer(timesync=False)
+        assert "ext" not in core.ask({"channel": "/meta/ping", "ext": {"timesync": {"tc": 1, "l": 0, "o": 0}}})[0]
+        held = core.hold(core.handshake(), ext={"timesync": {"tc": 1, "l": 0, "o": 0}})
+        core.pass_time(30)
+        assert "ext" not in held.answer[0]
+
+    # -- Timestamp ---------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("timestamp", ["2008-10-10T10:10:10", "", 5, None, [], {}])
+    def test_a_timestamp_in_a_message_does_no_harm(self, core, timestamp):
+        """E3: dojo's client sends one with every message; it is not passed on."""
+        client_id = core.handshake(timestamp=timestamp)
+        core.subscribe(client_id, "/a")
+        core.publish(client_id, "/a", timestamp=timestamp)
+        assert core.events(client_id) == [{"channel": "/a", "data": "data"}]
+
+    def test_replies_and_events_carry_ours_if_asked_for(self):
+        """E3: ISO 8601, GMT; a held connect's and a refusal too."""
+        core = CorePeer(timestamp=True)
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        held = core.hold(client_id)
+        replies = core.ask({"channel": "/a", "clientId": client_id, "data": 1}, {"channel": "/meta/nope"})
+        core.work()
+        for message in [*replies, *held.answer]:
+            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?", message["timestamp"]), message
+        assert len(held.answer) == 2
+        now = time.gmtime()
+        assert abs(int(held.answer[0]["timestamp"][:4]) - now.tm_year) <= 1
+
+    # -- The application's own ----------------------------------------------------------------
+
+    class Recorder:
+        """Notes its name in the messages that pass, in both directions."""
+
+        def __init__(self, name):
+            self.name = name
+            self.sessions = []
+
+        def note(self, message):
+            trail = message.get("ext", {}).get("trail", "")
+            return {**message, "ext": {**message.get("ext", {}), "trail": trail + self.name}}
+
+        def incoming(self, session, message):
+            self.sessions.append(session and session.id)
+            return self.note(message)
+
+        def outgoing(self, session, message):
+            return self.note(message)
+
+    def test_extensions_run_in_order_in_and_in_reverse_order_out(self):
+        """E7"""
+        seen = []
+
+        def service(message):
+            seen.append(message["ext"]["trail"])
+
+        core = CorePeer(extensions=[self.Recorder("a"), self.Recorder("b"), self.Recorder("c")],
+                        services={"x": service})
+        client_id = core.handshake()
+        reply, = core.ask({"channel": "/service/x", "clientId": client_id})
+        assert seen == ["abc"] and reply["ext"]["trail"] == "cba"
+
+    def test_extensions_see_every_message_and_its_session(self):
+        """E7: None where there is none; held connects, events and pushes pass outwards too."""
+        recorder = self.Recorder("x")
+        core = CorePeer(extensions=[recorder])
+        client_id = core.handshake()
+        core.core.subscribe("/a", client_id)
+        held = core.hold(client_id)
+        core.core.publish("/a", 1)
+        core.core.client_push(client_id, "/b", 2)
+        core.work()
+        assert [message["ext"]["trail"] for message in held.answer] == ["x", "x", "x"]
+        reply, = core.ask({"channel": "/meta/nope"})
+        assert reply["ext"]["trail"] == "x" and error_code(reply) == 404
+        assert recorder.sessions == [None, client_id, client_id, None]
+
+    def test_an_extension_may_have_one_direction_only(self):
+        """E7"""
+        class In:
+            def incoming(self, session, message):
+                return {**message, "data": "in"} if "data" in message else message
+
+        class Out:
+            def outgoing(self, session, message):
+                return {**message, "ext": "out"}
+
+        core = CorePeer(extensions=[In(), Out()])
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        core.publish(client_id, "/a")
+        assert core.events(client_id) == [{"channel": "/a", "data": "in", "ext": "out"}]
+
+    def test_none_from_incoming_drops_the_message_and_tells_the_sender(self):
+        """E7, G1: exactly one reply, 403, with channel and id; no effect."""
+        class Guard:
+            def incoming(self, session, message):
+                return None if message.get("data") == "rude" else message
+
+        core = CorePeer(extensions=[Guard()])
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        replies = core.ask({"channel": "/a", "clientId": client_id, "data": "rude", "id": 1},
+                           {"channel": "/a", "clientId": client_id, "data": "kind", "id": 2})
+        assert error_code(replies[0]) in (403, 404) and replies[0]["id"] == 1 and replies[0]["channel"] == "/a"
+        assert replies[1]["successful"] and [event["data"] for event in core.events(client_id)] == ["kind"]
+
+    def test_none_from_outgoing_drops_an_event_for_that_session_only(self):
+        """E7: a reply that is dropped is replaced, as every message gets one (G1)."""
+        class Filter:
+            def outgoing(self, session, message):
+                is_dropped = message.get("data") == "secret" and session.id != friend or message.get("id") == "drop"
+                return None if is_dropped else message
+
+        core = CorePeer(extensions=[Filter()])
+        friend, stranger = core.handshake(), core.handshake()
+        core.core.subscribe("/a", friend)
+        core.core.subscribe("/a", stranger)
+        core.publish(friend, "/a", "secret")
+        core.core.client_push(stranger, "/a", "secret")
+        core.core.publish("/a", "open")
+        assert [event["data"] for event in core.events(friend)] == ["secret", "open"]
+        assert [event["data"] for event in core.events(stranger)] == ["open"]
+        reply, = core.ask({"channel": "/meta/ping", "id": "drop"})
+        assert error_code(reply) in (403, 404)
+
+    def test_extensions_may_change_events_for_one_session(self):
+        """E7: nobody else's copy is touched, nor the local clients'."""
+        class Shout:
+            def outgoing(self, session, message):
+                if "data" in message and session.id == loud:
+                    message["data"]["text"] = message["data"]["text"].upper()
+                return message
+
+        core = CorePeer(extensions=[Shout()])
+        loud, quiet = core.handshake(), core.handshake()
+        heard = []
+        LocalClient(core, "bot").subscribe("/a", heard.append)
+        for client_id in (loud, quiet):
+            core.core.subscribe("/a", client_id)
+        core.publish(quiet, "/a", {"text": "hello"})
+        assert core.events(loud)[0]["data"]["text"] == "HELLO"
+        assert core.events(quiet)[0]["data"]["text"] == heard[0]["data"]["text"] == "hello"
+
+    def test_an_extension_may_change_a_push_and_not_its_callers_data(self):
+        """E7: nor what listeners are told."""
+        class Shout:
+            def outgoing(self, session, message):
+                if "data" in message:
+                    message["data"]["text"] = message["data"]["text"].upper()
+                return message
+
+        core = CorePeer(extensions=[Shout()])
+        client_id = core.handshake()
+        data = {"text": "hello"}
+        core.core.client_push(client_id, "/a", data)
+        assert core.events(client_id) == [{"channel": "/a", "data": {"text": "HELLO"}}]
+        assert data == {"text": "hello"} and core.told_of("client_push")[0]["data"] == {"text": "hello"}
+
+    @pytest.mark.parametrize("fail", [lambda message: 1 / 0, lambda message: "text", lambda message: 5])
+    def test_an_extension_that_fails_on_the_way_in_harms_no_neighbour(self, fail, errors):
+        """E7, G1: logged; the sender hears of a failure."""
+        class Broken:
+            def incoming(self, session, message):
+                return fail(message) if message.get("id") == "bad" else message
+
+        core = CorePeer(extensions=[Broken()])
+        replies = core.ask({"channel": "/meta/ping", "id": 1}, {"channel": "/meta/ping", "id": "bad"},
+                           {"channel": "/meta/ping", "id": 3})
+        assert [reply["id"] for reply in replies] == [1, "bad", 3]
+        assert [reply["successful"] for reply in replies] == [True, False, True]
+        assert error_code(replies[1]) == 500 and len(errors.take()) == 1
+
+    @pytest.mark.parametrize("channel", ["/meta/ping", "/meta/nope"])
+    @pytest.mark.parametrize("fail", [lambda message: 1 / 0, lambda message: {**message, "x": object()},
+                                      lambda message: {**message, "x": float("nan")},
+                                      lambda message: {**message, "x": "\ud800"}])
+    def test_an_extension_that_fails_on_a_reply_harms_no_neighbour(self, fail, channel, errors):
+        """E7, G1: nor on a refusal."""
+        class Broken:
+            def outgoing(self, session, message):
+                return fail(message) if message.get("id") == "bad" else message
+
+        core = CorePeer(extensions=[Broken()])
+        replies = core.ask({"channel": "/meta/ping", "id": 1}, {"channel": channel, "id": "bad"},
+                           {"channel": "/meta/ping", "id": 3})
+        assert [reply.get("id") for reply in replies] == [1, "bad", 3]
+        assert [reply["successful"] for reply in replies] == [True, False, True]
+        assert error_code(replies[1]) >= 400 and len(errors.take()) == 1
+
+    @pytest.mark.parametrize("fail", [lambda message: 1 / 0, lambda message: {"channel": "/a", "data": object()},
+                                      lambda message: {"data": 1}, lambda message: "text",
+                                      lambda message: {"channel": "/a", "data": "\ud800"}])
+    def test_an_extension_that_fails_on_an_event_harms_no_other_subscriber(self, fail, errors):
+        """E7: nor the publisher."""
+        class Broken:
+            def outgoing(self, session, message):
+                return fail(message) if "data" in message and session.id == unlucky else message
+
+        core = CorePeer(extensions=[Broken()])
+        unlucky, lucky, publisher = core.handshake(), core.handshake(), core.handshake()
+        core.core.subscribe("/a", unlucky)
+        core.core.subscribe("/a", lucky)
+        core.publish(publisher, "/a", 1)
+        assert [event["data"] for event in core.events(lucky)] == [1]
+        assert core.events(unlucky) == [] and len(errors.take()) == 1
+
+    def test_an_extension_runs_without_the_lock(self):
+        """E7: it may ask the server what it likes."""
+        class Curious:
+            def incoming(self, session, message):
+                assert not core.core.lock.locked()
+                return message
+
+            outgoing = incoming
+
+        core = CorePeer(extensions=[Curious()])
+        client_id = core.handshake()
+        core.core.subscribe("/a", client_id)
+        held = core.hold(client_id)
+        core.core.publish("/a", 1)
+        core.work()
+        assert len(held.answer) == 2
+
+
+class TestListeners:
+    def test_all_six_events_with_their_details(self, core):
+        """SEED: callback"""
+        reply, = core.ask({"channel": "/meta/handshake", "version": "1.0"}, address="10.1.2.3")
+        client_id = reply["clientId"]
+        subscription = {"clientId": client_id, "subscription": ["/a", "/b/*"]}
+        core.ask({"channel": "/meta/subscribe", **subscription},
+                 {"channel": "/a", "clientId": client_id, "data": {"x": 1}, "id": "5", "ext": {"y": 2}},
+                 {"channel": "/meta/unsubscribe", **subscription})
+        core.core.publish("/a", "data")
+        core.core.client_push(client_id, "/c", "pushed", priority=1)
+        core.ask({"channel": "/meta/disconnect", "clientId": client_id})
+        assert core.told == [
+            ("client_connect", {"client_id": client_id, "ip": "10.1.2.3"}),
+            ("subscribe", {"client_id": client_id, "channel": "/a"}),
+            ("subscribe", {"client_id": client_id, "channel": "/b/*"}),
+            ("publish", {"channel": "/a", "data": {"x": 1}, "client_id": client_id, "id": "5", "ext": {"y": 2}}),
+            ("unsubscribe", {"client_id": client_id, "channel": "/a"}),
+            ("unsubscribe", {"client_id": client_id, "channel": "/b/*"}),
+            ("publish", {"channel": "/a", "data": "data"}),
+            ("client_push", {"client_id": client_id, "channel": "/c", "data": "pushed", "priority": 1}),
+            ("client_disconnect", {"client_id": client_id, "reason": "asked"})]
+
+    def test_local_clients_are_told_of_too(self, core):
+        """SEED: session instead of ip, and the id of what they publish."""
+        client = LocalClient(core, "bot")
+        client.subscribe("/a")
+        client.publish("/a", 1, id=0, ext={})
+        client.unsubscribe("/a")
+        client.close()
+        assert core.told == [
+            ("client_connect", {"client_id": "bot", "session": client}),
+            ("subscribe", {"client_id": "bot", "channel": "/a"}),
+            ("publish", {"channel": "/a", "data": 1, "client_id": "bot", "id": 0, "ext": {}}),
+            ("unsubscribe", {"client_id": "bot", "channel": "/a"}),
+            ("client_disconnect", {"client_id": "bot", "reason": "asked"})]
+
+    @pytest.mark.parametrize("data", [None, False, 0, ""])
+    def test_a_publish_is_told_with_its_data_whatever_it_is(self, core, data):
+        """SEED: null is data too; a listener may rely on details["data"]."""
+        core.publish(core.handshake(), "/a", data)
+        core.core.publish("/a", data)
+        assert [details["data"] for details in core.told_of("publish")] == [data, data]
+
+    def test_repeated_subscriptions_and_refusals_are_not_told(self, core):
+        """SEED: callback"""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        core.subscribe(client_id, "/a", "/a")
+        core.ask({"channel": "/meta/subscribe", "clientId": client_id, "subscription": "/*/a"},
+                 {"channel": "/meta/unsubscribe", "clientId": client_id, "subscription": "/b"},
+                 {"channel": "/a", "data": 1},
+                 {"channel": "/meta/disconnect", "clientId": "nobody"},
+                 {"channel": "/service/x", "clientId": client_id})
+        assert [event for event, _ in core.told] == ["client_connect", "subscribe"]
+
+    def test_the_option_and_added_listeners_are_all_told_in_order(self):
+        """SEED: callback, server.add_listener"""
+        told = []
+        core = CorePeer(callback=lambda event, details: told.append(("callback", event)))
+        core.core.add_listener(lambda event, details: told.append(("second", event)))
+        core.handshake()
+        assert told == [("callback", "client_connect"), ("second", "client_connect")]
+
+    def test_a_listener_that_fails_is_logged_and_harms_nobody(self, errors):
+        """SEED: callback"""
+        def fail(event, details):
+            details.clear()
+            raise ValueError("listener")
+        core = CorePeer(callback=fail)
+        client_id = core.handshake()
+        core.publish(client_id, "/a", 1)
+        assert [event for event, _ in core.told] == ["client_connect", "publish"]
+        assert core.told_of("publish")[0]["data"] == 1
+        assert len(errors.take()) == 2
+
+    def test_a_listener_may_call_the_server(self, core):
+        """SEED: it holds no lock; what it causes is told in turn."""
+        def welcome(event, details):
+            assert not core.core.lock.locked()
+            if event == "client_connect":
+                core.core.subscribe("/welcome", details["client_id"])
+                core.core.publish("/welcome", "hello")
+        core.core.add_listener(welcome)
+        client_id = core.handshake()
+        assert [event for event, _ in core.told] == ["client_connect", "subscribe", "publish"]
+        core.core.publish("/welcome", "again")
+        assert [event["data"] for event in core.events(client_id)] == ["again"]
+
+
+class TestInProcessCalls:
+    def test_publish_reaches_every_kind_of_subscriber(self, core):
+        """SEED: publish; ids pass to local subscribers, a remote one sees no clientId and no id."""
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        heard = []
+        LocalClient(core, "bot").subscribe("/a", heard.append)
+        core.core.publish("/a", {"x": 1}, client_id="me", id="5", ext={"y": 2})
+        assert heard == [{"channel": "/a", "data": {"x": 1}, "clientId": "me", "id": "5", "ext": {"y": 2}}]
+        assert core.events(client_id) == [{"channel": "/a", "data": {"x": 1}, "ext": {"y": 2}}]
+
+    def test_subscribe_and_unsubscribe_for_any_session(self, core):
+        """SEED: subscribe {channel, client_id}, unsubscribe"""
+        client_id = core.handshake()
+        core.core.subscribe("/a/**", client_id)
+        core.core.publish("/a/b", 1)
+        core.core.unsubscribe("/a/**", client_id)
+        core.core.publish("/a/b", 2)
+        assert [event["data"] for event in core.events(client_id)] == [1]
+        assert [event for event, _ in core.told] == ["client_connect", "subscribe", "publish", "unsubscribe", "publish"]
+
+    @pytest.mark.parametrize(("call", "code"), [
+        (lambda core, id: core.subscribe("/a", "nobody"), 402), (lambda core, id: core.subscribe("/*/a", id), 405),
+        (lambda core, id: core.subscribe("/meta/connect", id), 403),
+        (lambda core, id: core.subscribe("/service/x", id), 403),
+        (lambda core, id: core.unsubscribe("/a", id), 404), (lambda core, id: core.unsubscribe("/a", "nobody"), 402),
+        (lambda core, id: core.publish("/a/*", 1), 405), (lambda core, id: core.publish("a", 1), 405),
+        (lambda core, id: core.publish("/meta/connect", 1), 403), (lambda core, id: core.publish("/service/x", 1), 403),
+        (lambda core, id: core.client_push("nobody", "/a", 1), 402),
+        (lambda core, id: core.client_push(id, "/a/*", 1), 405),
+        (lambda core, id: core.client_push(id, "/meta/connect", 1), 405)])
+    def test_a_call_that_makes_no_sense_raises(self, core, call, code):
+        """SEED: and changes nothing."""
+        client_id = core.handshake()
+        with pytest.raises(bayeux_server.BayeuxError) as raised:
+            call(core.core, client_id)
+        assert raised.value.code == code and ERROR_GRAMMAR.fullmatch(str(raised.value))
+        assert core.events(client_id) == [] and not core.core.registry._subscribers
+        assert [event for event, _ in core.told] == ["client_connect"]
+
+    def test_client_push_reaches_one_client_only(self, core):
+        """SEED: client_push; no answer and no publish, whatever it is subscribed to; extras pass."""
+        target, other = core.handshake(), core.handshake()
+        core.subscribe(other, "/**")
+        core.core.client_push(target, "/alarm", {"x": 1}, priority="high", id="7")
+        assert core.events(target) == [{"channel": "/alarm", "data": {"x": 1}, "priority": "high", "id": "7"}]
+        assert core.events(other) == [] and not core.told_of("publish")
+
+    def test_client_push_takes_any_extra(self, core):
+        """SEED: client_push {channel, client_id, ...any}"""
+        client_id = core.handshake()
+        extra = {"event": "x", "details": "y", "reason": "z", "fields": [], "subscriber": None, "successful": True}
+        core.core.client_push(client_id, "/a", 1, **extra)
+        assert core.events(client_id) == [{"channel": "/a", "data": 1, **extra}]
+        told, = core.told_of("client_push")
+        assert told["event"] == "x" and told["data"] == 1
+
+    def test_client_push_answers_a_held_connect(self, core):
+        """SEED: client_push; on a service channel too, as services may answer later."""
+        client_id = core.handshake()
+        held = core.hold(client_id)
+        core.core.client_push(client_id, "/service/slow", "done")
+        core.work()
+        assert held.answer[1:] == [{"channel": "/service/slow", "data": "done"}]
+
+    def test_client_push_reaches_a_local_client(self, core):
+        """SEED: by the callback for that channel."""
+        heard = []
+        LocalClient(core, "bot").subscribe("/a", heard.append)
+        core.core.client_push("bot", "/a", 1, priority=2)
+        assert heard == [{"channel": "/a", "data": 1, "priority": 2}]
+
+    def test_client_push_counts_for_max_queue(self):
+        """Issue 5"""
+        core = CorePeer(max_queue=2)
+        client_id = core.handshake()
+        for number in range(3):
+            core.core.client_push(client_id, "/a", number)
+        assert core.told_of("client_disconnect") == [{"client_id": client_id, "reason": "queue overflow"}]
+
+    @pytest.mark.parametrize("data", [object(), {1, 2}, b"bytes", float("nan"), float("inf"), "\ud800",
+                                      {"x": "\udfff"}])
+    def test_what_json_cannot_hold_raises_and_is_never_queued(self, core, data):
+        """G5: not met only when it is sent, where it would harm others."""
+        client_id = core.handshake()
+        core.core.subscribe("/a", client_id)
+        client = LocalClient(core, "bot")
+        for call in (lambda: core.core.publish("/a", data), lambda: core.core.client_push(client_id, "/a", data),
+                     lambda: client.publish("/a", data)):
+            with pytest.raises((TypeError, ValueError)):
+                call()
+        assert core.events(client_id) == [] and not core.told_of("publish") and not core.told_of("client_push")
+
+    def test_what_the_caller_does_to_its_data_afterwards_changes_nothing(self, core):
+        """G4"""
+        client_id = core.handshake()
+        core.core.subscribe("/a", client_id)
+        data = {"x": [1]}
+        core.core.publish("/a", data)
+        data["x"].append(2)
+        assert core.events(client_id)[0]["data"] == {"x": [1]}
+
+    def test_the_server_offers_them_all(self, serve):
+        """SEED: server.publish, subscribe, unsubscribe, client_push, add_listener"""
+        told = []
+        server = serve(callback=lambda event, details: told.append(event))
+        with Peer(server) as peer:
+            server.subscribe("/a", peer.id)
+            server.publish("/a", 1, client_id="me", id="5", ext={"x": 1})
+            server.client_push(peer.id, "/b", 2, priority=3)
+            server.unsubscribe("/a", peer.id)
+            server.publish("/a", 4)
+            assert peer.connect(timeout=0)[1:] == [{"channel": "/a", "data": 1, "ext": {"x": 1}},
+                                                   {"channel": "/b", "data": 2, "priority": 3}]
+        wait_until(lambda: len(told) == 6)
+        assert told == ["client_connect", "subscribe", "publish", "client_push", "unsubscribe", "publish"]
+
+
+# ======================================================================================
+# §6  Local clients
+# ======================================================================================
+
+class TestLocalClients:
+    def test_a_local_client_needs_no_handshake(self, core):
+        """SEED: it hears remote clients, and they hear it."""
+        remote = core.handshake()
+        core.subscribe(remote, "/chat/*")
+        heard = []
+        bot = LocalClient(core, "autobot")
+        bot.subscribe("/chat/demo", heard.append)
+        core.publish(remote, "/chat/demo", "hi", id="1")
+        bot.publish("/chat/demo", "hello")
+        assert [(message["clientId"], message["data"]) for message in heard] == [(remote, "hi"), ("autobot", "hello")]
+        assert heard[0]["id"] == "1" and "id" not in heard[1]
+        assert core.events(remote) == [{"channel": "/chat/demo", "data": "hi"},
+                                       {"channel": "/chat/demo", "data": "hello"}]
+
+    def test_an_anonymous_publish_has_no_client_id(self):
+        """SEED"""
+        core = CorePeer(anon_publish=True)
+        heard = []
+        LocalClient(core).subscribe("/a", heard.append)
+        core.ask({"channel": "/a", "data": 1, "clientId": None})
+        core.core.publish("/a", 2)
+        assert heard == [{"channel": "/a", "data": 1}, {"channel": "/a", "data": 2}]
+
+    def test_ids_pass_through_and_never_leak_into_the_next(self, core):
+        """SEED: one client's message id leaked into another's event; 0 is an id."""
+        heard = []
+        bot = LocalClient(core, "bot")
+        bot.subscribe("/a", heard.append)
+        for id in ("one", None, 0, None):
+            bot.publish("/a", 1, id=id)
+        assert [message.get("id", "none") for message in heard] == ["one", "none", 0, "none"]
+
+    def test_patterns_work_as_for_sessions(self, core):
+        """N2: and a call for each event and callback, S3."""
+        heard, other = [], []
+        bot = LocalClient(core)
+        for pattern in ("/a/b", "/a/*", "/**"):
+            bot.subscribe(pattern, heard.append)
+        listener = heard.append
+        bot.subscribe("/a/**", listener)
+        bot.subscribe("/*", other.append)
+        core.core.publish("/a/b", 1)
+        assert len(heard) == 1 and other == []
+        core.core.publish("/c", 2)
+        assert len(heard) == 2 and len(other) == 1
+
+    @pytest.mark.parametrize(("pattern", "code"), [("/meta/**", 403), ("/service/x", 403), ("/*/a", 405), ("a", 405),
+                                                   ("", 405)])
+    def test_what_cannot_be_subscribed_raises(self, core, pattern, code):
+        """S2"""
+        bot = LocalClient(core)
+        with pytest.raises(bayeux_server.BayeuxError, match=str(code)):
+            bot.subscribe(pattern, print)
+        assert not bot.subscriptions and not core.core.registry._subscribers
+
+    def test_without_a_callback_it_is_counted_and_nothing_delivered(self, core):
+        """SEED: args.no_callback; a later subscription may bring one."""
+        bot = LocalClient(core, "bot")
+        bot.subscribe("/a")
+        bot.publish("/a", 1)
+        assert core.told_of("subscribe") == [{"client_id": "bot", "channel": "/a"}] and bot.subscriptions == {"/a"}
+        heard = []
+        bot.subscribe("/a", heard.append)
+        bot.publish("/a", 2)
+        bot.subscribe("/a", None)
+        bot.publish("/a", 3)
+        assert [message["data"] for message in heard] == [2]
+        assert len(core.told_of("subscribe")) == 1
+
+    def test_unsubscribe_ends_the_calls(self, core):
+        """SEED: unsubscribe; of what is not subscribed it raises (S4)."""
+        heard = []
+        bot = LocalClient(core)
+        bot.subscribe("/a", heard.append)
+        bot.unsubscribe("/a")
+        core.core.publish("/a", 1)
+        assert heard == [] and not core.core.registry._subscribers
+        with pytest.raises(bayeux_server.BayeuxError, match="404"):
+            bot.unsubscribe("/a")
+
+    def test_the_server_can_unsubscribe_a_local_client(self, core):
+        """SEED: server.unsubscribe(channel, client_id)"""
+        heard = []
+        bot = LocalClient(core, "bot")
+        bot.subscribe("/a", heard.append)
+        bot.subscribe("/*", lambda message: heard.append("/*"))
+        core.core.unsubscribe("/a", "bot")
+        core.core.publish("/a", 1)
+        assert heard == ["/*"] and bot.subscriptions == {"/*"}
+
+    def test_each_subscriber_gets_a_dict_of_its_own(self, core):
+        """SEED: what one does to it is nobody else's, down to nested data."""
+        remote = core.handshake()
+        core.subscribe(remote, "/a")
+        heard = []
+
+        def spoil(message):
+            heard.append(message["data"]["list"][:])
+            message["data"]["list"].append("spoilt")
+            message.clear()
+
+        bots = [LocalClient(core) for _ in range(2)]
+        for bot in bots:
+            bot.subscribe("/a", spoil)
+            bot.subscribe("/*", lambda message: spoil(message))
+        core.core.publish("/a", {"list": [1]})
+        assert heard == [[1]] * 4 and core.events(remote)[0]["data"] == {"list": [1]}
+
+    def test_callbacks_run_without_the_lock(self, core):
+        """DESIGN: one lock, and no user code under it."""
+        locked = []
+        bot = LocalClient(core, on_end=lambda reason: locked.append(core.core.lock.locked()))
+        bot.subscribe("/a", lambda message: locked.append(core.core.lock.locked()))
+        bot.publish("/a", 1)
+        bot.close()
+        assert locked == [False, False]
+
+    def test_a_callback_may_publish_subscribe_and_close(self, core):
+        """Issue 2: with everything it causes coming in order."""
+        heard = []
+
+        def on_first(message):
+            heard.append(("first", message["data"]))
+            if message["data"] == 1:
+                bot.subscribe("/second", lambda message: heard.append(("second", message["data"])))
+                bot.publish("/second", "from inside")
+                bot.publish("/first", 2)
+                heard.append("published")
+            else:
+                bot.unsubscribe("/second")
+                bot.publish("/second", "nobody hears")
+                bot.close()
+                bot.close()
+
+        bot = LocalClient(core, "bot", on_end=lambda reason: heard.append(reason))
+        bot.subscribe("/first", on_first)
+        core.core.publish("/first", 1)
+        assert heard == [("first", 1), "published", ("second", "from inside"), ("first", 2), "asked"]
+        core.core.publish("/first", 3)
+        assert heard[-1] == "asked" and not core.core.local_clients and not core.core.registry._subscribers
+
+    def test_a_callback_that_raises_is_logged_and_harms_nobody(self, core, errors):
+        """Issue 2: neither its own later calls, nor the client's other callbacks, nor others, nor the publisher."""
+        heard = []
+
+        def fail(message):
+            heard.append("failing")
+            raise RuntimeError("callback")
+
+        bot, other = LocalClient(core, "bot"), LocalClient(core, "other")
+        bot.subscribe("/a", fail)
+        bot.subscribe("/*", lambda message: heard.append("same client"))
+        other.subscribe("/a", lambda message: heard.append("other client"))
+        publisher = core.handshake()
+        core.publish(publisher, "/a")
+        core.publish(publisher, "/a")
+        assert sorted(heard) == ["failing"] * 2 + ["other client"] * 2 + ["same client"] * 2
+        logged = errors.take()
+        assert len(logged) == 2 and all("bot" in line and "/a" in line and "RuntimeError" in line for line in logged)
+
+    def test_an_on_end_that_raises_is_logged(self, core, errors):
+        """Issue 2"""
+        def fail(reason):
+            raise RuntimeError(reason)
+        LocalClient(core, "bot", on_end=fail).close()
+        logged, = errors.take()
+        assert "asked" in logged
+        assert LocalClient(core, "bot")
+
+    def test_a_closed_client_is_gone(self, core):
+        """SEED: its name is free, its subscriptions are over; closing twice tells nothing new."""
+        heard = []
+        with LocalClient(core, "bot", on_end=heard.append) as bot:
+            bot.subscribe("/a", heard.append)
+        bot.close()
+        core.core.publish("/a", 1)
+        assert heard == ["asked"] and bot.ended == "asked"
+        assert len(core.told_of("client_disconnect")) == 1
+        with pytest.raises(bayeux_server.BayeuxError, match="402"):
+            bot.subscribe("/a", heard.append)
+        assert not core.core.registry._subscribers
+
+    def test_a_closed_client_does_not_act_for_its_successor(self, core):
+        """One that has taken over its name."""
+        old = LocalClient(core, "bot")
+        old.close()
+        new = LocalClient(core, "bot")
+        heard = []
+        new.subscribe("/a", heard.append)
+        for call in (lambda: old.unsubscribe("/a"), lambda: old.subscribe("/b", print)):
+            with pytest.raises(bayeux_server.BayeuxError, match="402"):
+                call()
+        old.close()
+        core.core.publish("/a", 1)
+        assert len(heard) == 1 and set(core.core.registry._subscribers) == {"/a"}
+
+    def test_two_live_clients_cannot_have_one_name(self, core):
+        """SEED"""
+        LocalClient(core, "bot")
+        with pytest.raises(ValueError, match="bot"):
+            LocalClient(core, "bot")
+        assert LocalClient(core).id != LocalClient(core).id
+        assert len(core.core.local_clients) == 3
+
+    def test_unsubscribing_is_one_step_for_the_callbacks(self, core):
+        """The callbacks change under the lock, under which a delivery looks through them."""
+        class Guarded(dict):
+            def pop(self, *arguments):
+                assert core.core.lock.locked()
+                return super().pop(*arguments)
+
+        bot = LocalClient(core)
+        bot._callbacks = Guarded()
+        bot.subscribe("/a", print)
+        bot.unsubscribe("/a")
+        assert not bot._callbacks
+
+    # -- With threads ------------------------------------------------------------------------
+
+    def test_a_client_finds_its_server_by_alias(self, serve):
+        """SEED: alias; the name or the server itself, and a clear error where that is not enough."""
+        server = serve(alias="the only one")
+        heard = threading.Event()
+        LocalClient("the only one", "a").subscribe("/a", lambda message: heard.set())
+        LocalClient(server, "b").publish("/a", 1)
+        assert heard.wait(PATIENCE)
+        with pytest.raises(ValueError, match="no server.*nobody"):
+            LocalClient("nobody")
+        twin = serve(alias="the only one")
+        with pytest.raises(ValueError, match="more than one.*the only one"):
+            LocalClient("the only one")
+        assert LocalClient(twin, "a")
+        twin.shutdown()
+        assert LocalClient("the only one", "c")._core is server.core
+
+    def test_a_slow_callback_holds_up_only_itself(self, server):
+        """Issue 2: not the publisher, not other clients, not remote ones."""
+        go_on, entered, heard = threading.Event(), threading.Event(), threading.Event()
+
+        def slow(message):
+            entered.set()
+            assert go_on.wait(PATIENCE)
+
+        LocalClient(server, "slow").subscribe("/a", slow)
+        LocalClient(server, "quick").subscribe("/a", lambda message: heard.set())
+        try:
+            with Peer(server) as peer:
+                peer.subscribe("/a")
+                peer.publish("/a", 1)
+                assert entered.wait(PATIENCE) and heard.wait(PATIENCE)
+                peer.publish("/a", 2)
+                assert [event["data"] for event in peer.connect()[1:]] == [1, 2]
+        finally:
+            go_on.set()
+
+    def test_events_of_each_publisher_come_in_order_and_one_at_a_time(self, server):
+        """P2: from four threads and a remote client at once."""
+        heard, done, running = [], threading.Event(), threading.Semaphore(1)
+
+        def hear(message):
+            assert running.acquire(blocking=False), "two callbacks of one client at the same time"
+            heard.append(message["data"])
+            running.release()
+            if len(heard) == 450:
+                done.set()
+
+        LocalClient(server, "listener").subscribe("/**", hear)
+        clients = [LocalClient(server) for _ in range(4)]
+
+        def publish(client):
+            for number in range(100):
+                client.publish("/a", [client.id, number])
+
+        with Peer(server) as peer:
+            at_once(*[lambda client=client: publish(client) for client in clients],
+                    lambda: [peer.publish("/b", [peer.id, number]) for number in range(50)])
+            assert done.wait(PATIENCE)
+        for publisher, count in [(client.id, 100) for client in clients] + [(peer.id, 50)]:
+            assert [number for name, number in heard if name == publisher] == list(range(count))
+
+    def test_a_callback_that_raises_leaves_the_server_alive(self, server, errors):
+        """Issue 2: over a real connection, many times, more than there are threads."""
+        count = threading.Semaphore(0)
+
+        def fail(message):
+            count.release()
+            raise RuntimeError("callback")
+
+        LocalClient(server, "bot").subscribe("/a", fail)
+        with Peer(server) as peer:
+            peer.subscribe("/a")
+            for number in range(100):
+                peer.publish("/a", number)
+            assert all(count.acquire(timeout=PATIENCE) for _ in range(100))
+            assert len(peer.connect(timeout=0)) == 101
+        wait_until(lambda: len(errors.records) == 100)
+        errors.take()
+
+    def test_closing_in_a_callback_drops_what_is_left(self, server):
+        """Issue 2: and on_end comes last, once."""
+        heard, all_published, ended = [], threading.Event(), threading.Event()
+
+        def close(message):
+            heard.append(message["data"])
+            if message["data"] == 0:
+                assert all_published.wait(PATIENCE)
+            else:
+                bot.close()                     # with many more at hand
+
+        bot = LocalClient(server, "bot", on_end=lambda reason: (heard.append(reason), ended.set()))
+        bot.subscribe("/a", close)
+        for number in range(20):
+            server.publish("/a", number)
+        all_published.set()
+        assert ended.wait(PATIENCE)
+        assert heard == [0, 1, "asked"]
+
+    def test_a_client_that_cannot_keep_up_is_ended(self, serve):
+        """Issue 5: max_queue bounds its memory too; it is told, and its publisher is not held up."""
+        server = serve(max_queue=10)
+        go_on, ended = threading.Event(), threading.Event()
+        reasons = []
+        bot = LocalClient(server, "bot", on_end=lambda reason: (reasons.append(reason), ended.set()))
+        bot.subscribe("/a", lambda message: go_on.wait(PATIENCE))
+        for number in range(30):
+            server.publish("/a", number)
+        go_on.set()
+        assert ended.wait(PATIENCE)
+        assert reasons == ["queue overflow"] and bot.ended == "queue overflow"
+        assert "bot" not in server.core.local_clients
+
+    def test_shutting_down_tells_local_clients(self, serve):
+        """Issue 4: after what was published before."""
+        server = serve()
+        heard = []
+
+        def hear(message):
+            if message["data"] == 1:
+                wait_until(lambda: bot.ended)
+            heard.append(message["data"])
+
+        bot = LocalClient(server, "bot", on_end=lambda reason: heard.append(reason))
+        bot.subscribe("/a", hear)
+        for number in (1, 2, 3):
+            server.publish("/a", number)
+        server.shutdown()
+        assert heard == [1, 2, 3, "server shutdown"] and bot.ended == "server shutdown"
+        with pytest.raises(ValueError):
+            LocalClient(server, "late")
+
+
+# ======================================================================================
+# §7  The long-poll wait
+# ======================================================================================
+
+class WaitingPeer(CorePeer):
+    """A core with a real clock and its long-poll wait, without a network."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.core.clock = time.monotonic
+        self.wait_thread = bayeux_server.LongPollWait(self.core)
+        self.goes_to_sleep = threading.Event()
+        self.seconds_to_deadline = self.core.seconds_to_deadline
+        self.core.seconds_to_deadline = self.note_sleep
+
+    def note_sleep(self):
+        self.goes_to_sleep.set()
+        return self.seconds_to_deadline()
+
+    def until_asleep(self):
+        """Return when the wait's thread sleeps, so that what comes next must wake it."""
+        with self.core.condition:
+            self.goes_to_sleep.clear()
+            self.core.condition.notify_all()
+        assert self.goes_to_sleep.wait(PATIENCE)
+        with self.core.condition:               # free again: it sleeps
+            pass
+
+
+@pytest.fixture
+def waiting():
+    """Starts a core with its long-poll wait: waiting(option=value, ...)."""
+    peers = []
+
+    def start(**options):
+        peers.append(WaitingPeer(**options))
+        peers[-1].wait_thread.start()
+        return peers[-1]
+
+    yield start
+    for peer in peers:
+        peer.wait_thread.stop()
+
+
+def hold_watched(peer, client_id, **fields):
+    """A connect whose answer by the wait's thread can be awaited."""
+    exchange = WatchedExchange(peer.core, **fields)
+    peer.core.receive([peer.connect_message(client_id)], exchange)
+    return exchange
+
+
+class TestLongPollWait:
+    def test_a_publish_answers_held_connects(self, waiting):
+        """C2, C4: from any thread, and from inside."""
+        peer = waiting()
+        clients = [peer.handshake() for _ in range(100)]
+        for client_id in clients:
+            peer.subscribe(client_id, "/a")
+        held = [hold_watched(peer, client_id) for client_id in clients]
+        peer.core._listeners.clear()            # their notices would wake it too
+        peer.until_asleep()
+        threads = threading.active_count()
+        peer.core.publish("/a", "event")
+        for exchange in held:
+            assert [event["data"] for event in exchange.wait()[1:]] == ["event"]
+        assert threading.active_count() <= threads
+
+    def test_a_held_connect_is_answered_when_its_time_is_over(self, waiting):
+        """C2: the nearest deadline first, though it came last."""
+        peer = waiting(timeout=1000)
+        patient = hold_watched(peer, peer.handshake())
+        hasty, client_id = WatchedExchange(peer.core), peer.handshake()
+        peer.until_asleep()
+        peer.core.receive([peer.connect_message(client_id, advice={"timeout": 20})], hasty)
+        assert hasty.wait() == [{"channel": "/meta/connect", "successful": True}]
+        assert not patient.sent.is_set()
+
+    def test_a_second_connect_releases_the_first(self, waiting):
+        """C3: at once, with nothing else happening."""
+        peer = waiting()
+        client_id = peer.handshake()
+        older = hold_watched(peer, client_id)
+        peer.until_asleep()
+        newer = hold_watched(peer, client_id)
+        assert len(older.wait()) == 1 and not newer.sent.is_set()
+
+    def test_a_disconnect_releases_the_held_connect(self, waiting):
+        """X1"""
+        peer = waiting()
+        client_id = peer.handshake()
+        held = hold_watched(peer, client_id)
+        peer.until_asleep()
+        peer.ask({"channel": "/meta/disconnect", "clientId": client_id})
+        assert held.wait()[0]["advice"]["reconnect"] == "none"
+
+    def test_a_session_ends_when_its_lease_is_over(self, waiting):
+        """C5: with nobody asking, and listeners are told."""
+        peer = waiting(connect_timeout=0.02)
+        client_id = peer.handshake()
+        wait_until(lambda: peer.told_of("client_disconnect"))
+        assert peer.told_of("client_disconnect") == [{"client_id": client_id,
+                                                      "reason": "timeout"}] and not peer.core.sessions
+
+    def test_order_is_kept_over_lost_answers_and_broken_connections(self, waiting):
+        """P2, C6: every third answer is lost, every fifth connection breaks, every seventh connect is doubled."""
+        peer = waiting(timeout=0.01)
+        publisher, subscriber = peer.handshake(), peer.handshake()
+        peer.subscribe(subscriber, "/a")
+        received = []
+
+        def publish():
+            for number in range(0, 600, 3):
+                peer.ask(*[{"channel": "/a", "clientId": publisher, "data": each}
+                           for each in range(number, number + 3)])
+
+        def fetch():
+            turn = 0
+            while len(received) < 600:
+                turn += 1
+                exchange = WatchedExchange(peer.core, is_broken=turn % 3 == 0)
+                peer.core.receive([peer.connect_message(subscriber)], exchange)
+                exchanges = [exchange]
+                if turn % 5 == 0:
+                    exchange.hang_up()
+                elif turn % 7 == 0:
+                    exchanges.append(hold_watched(peer, subscriber))
+                for each in exchanges:
+                    if turn % 5:
+                        assert each.sent.wait(PATIENCE)
+                    received.extend(event["data"] for event in (each.answer or [])[1:])
+
+        at_once(publish, fetch)
+        assert received == list(range(600))
+
+    def test_an_answer_that_fails_harms_no_other(self, waiting, errors):
+        """DESIGN: all answers leave here, so a failure of one must not be the end of all."""
+        class Failing(FakeExchange):
+            def send(self, answer):
+                raise RuntimeError("send")
+
+        peer = waiting()
+        unlucky, lucky = peer.handshake(), peer.handshake()
+        for client_id in (unlucky, lucky):
+            peer.subscribe(client_id, "/a")
+        peer.core.receive([peer.connect_message(unlucky)], Failing(peer.core))
+        first = hold_watched(peer, lucky)
+        peer.core.publish("/a", 1)
+        assert len(first.wait()) == 2
+        second = hold_watched(peer, lucky)
+        peer.core.publish("/a", 2)
+        assert len(second.wait()) == 2 and peer.wait_thread.is_alive()
+        wait_until(lambda: errors.records)
+        assert all("send" in line for line in errors.take())
+
+    def test_answers_leave_while_others_are_being_made(self, waiting):
+        """§7: what piles up while one is sent leaves together."""
+        entered, go_on = threading.Event(), threading.Event()
+
+        class Slow(WatchedExchange):
+            def send(self, answer):
+                entered.set()
+                assert go_on.wait(PATIENCE)
+                return super().send(answer)
+
+        peer = waiting()
+        slow, other = peer.handshake(), peer.handshake()
+        peer.subscribe(slow, "/slow")
+        peer.subscribe(other, "/a")
+        exchange = Slow(peer.core)
+        peer.core.receive([peer.connect_message(slow)], exchange)
+        held = hold_watched(peer, other)
+        peer.core.publish("/slow", 0)
+        assert entered.wait(PATIENCE)
+        for number in range(5):
+            peer.core.publish("/a", number)
+        go_on.set()
+        assert [event["data"] for event in held.wait()[1:]] == list(range(5))
+        assert len(exchange.wait()) == 2
+
+    def test_stopping_answers_what_is_held(self, waiting):
+        """Issue 4: the wait ends when the last answer has left."""
+        peer = waiting()
+        held = [hold_watched(peer, peer.handshake()) for _ in range(100)]
+        peer.core.stop()
+        peer.wait_thread.stop()
+        assert all(exchange.answer[0]["successful"] for exchange in held) and not peer.wait_thread.is_alive()
+
+    # -- With sockets ------------------------------------------------------------------------
+
+    def test_many_held_connects_need_no_threads(self, serve):
+        """DESIGN: thirty are held and answered by a server that may have four handler threads."""
+        server = serve(max_threads=4)
+        peers = [Peer(server) for _ in range(30)]
+        try:
+            for peer in peers:
+                peer.subscribe("/a")
+                peer.send_connect()
+            wait_until(lambda: all(server.core.sessions[peer.id].hold for peer in peers),
+                       "all thirty connects being held")
+            server.publish("/a", "event")
+            for peer in peers:
+                assert [event["data"] for event in peer.read_answer().batch[1:]] == ["event"]
+        finally:
+            for peer in peers:
+                peer.close()
+
+    def test_a_hostile_timesync_does_not_stop_the_server(self, server):
+        """E2, G5: one client's numbers, everybody's answers."""
+        with Peer(server) as hostile, Peer(server) as other:
+            for peer in (hostile, other):
+                peer.subscribe("/a")
+            hostile.send_connect(ext={"timesync": {"tc": 1e308, "l": 1e308, "o": 1e308}})
+            other.send_connect()
+            wait_until(lambda: all(server.core.sessions[peer.id].hold for peer in (hostile, other)))
+            server.publish("/a", 1)
+            for peer in (hostile, other):
+                assert [event["data"] for event in peer.read_answer().batch[1:]] == [1]
+
+    def test_data_that_is_no_unicode_does_not_stop_the_server(self, server):
+        """G5: a lone surrogate from inside the process is refused where it comes from."""
+        with Peer(server) as peer:
+            peer.subscribe("/a")
+            peer.send_connect()
+            wait_until(lambda: server.core.sessions[peer.id].hold)
+            with pytest.raises(ValueError):
+                server.publish("/a", "\ud800")
+            server.publish("/a", "good")
+            assert [event["data"] for event in peer.read_answer().batch[1:]] == ["good"]
+
+
+# ======================================================================================
+# Peers of the sections below
+# ======================================================================================
+
+HANDSHAKE = {"channel": "/meta/handshake", "version": "1.0", "supportedConnectionTypes": ["long-polling"], "id": "h"}
+PING = {"channel": "/meta/ping", "id": "p"}
+
+
+@contextmanager
+def bystander(server, tls=None):
+    """Another client, whose connect is held meanwhile.  Whatever happens, it gets its event."""
+    with Peer(server, tls) as peer:
+        peer.subscribe("/bystander")
+        hold_connect(server, peer)
+        yield peer
+        server.publish("/bystander", "still here")
+        connect, event = peer.read_answer().batch
+        assert connect["successful"]
+        assert event == {"channel": "/bystander", "data": "still here"}
+
+
+def hold_connect(server, peer):
+    """Send a connect, and wait until the server holds it."""
+    peer.send_connect()
+    wait_until(lambda: is_held(server, peer.id), "the hold of a connect")
+
+
+def is_held(server, client_id):
+    return server.core.sessions[client_id].hold is not None
+
+
+def has_unsent_output(server):
+    """Whether some client does not take in what is sent to it."""
+    return any(connection.output or connection.source is not None for connection in list(server.watch.connections))
+
+
+def send_at_once(wire):
+    """Have each send leave as it is, without waiting to be joined by the next."""
+    wire.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def events_of(batch):
+    """The data of the events behind a connect's reply."""
+    assert batch[0]["channel"] == "/meta/connect" and batch[0]["successful"], batch
+    return [event["data"] for event in batch[1:]]
+
+
+def raw_post(body, *lines, target="/cometd", version="HTTP/1.1"):
+    """A POST as bytes, without Content-Length unless a line brings it."""
+    head = [f"POST {target} {version}", "Host: 127.0.0.1", "Content-Type: application/json", *lines]
+    return "\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body
+
+
+def whole_post(*messages, **options):
+    """A complete POST as bytes."""
+    body = json.dumps(messages or [PING]).encode("utf-8")
+    return raw_post(body, f"Content-Length: {len(body)}", **options)
+
+
+def is_bayeux_failure(answer):
+    """T5: whatever the status, the body is a Bayeux array with one failure."""
+    failure, = answer.batch
+    return failure["successful"] is False and failure["error"].count(":") >= 2
+
+
+def refusal(server, data, status):
+    """Send bytes that are no good request.  They get their status, an explanation, and the connection's end."""
+    with Wire(server) as wire:
+        wire.send(data)
+        answer = wire.read_answer()
+        assert answer.status == status, answer.body
+        assert is_bayeux_failure(answer)
+        assert answer.headers["connection"] == "close"
+        assert wire.is_closed_by_server()
+    return answer
+
+
+def reset(client_socket):
+    """Close a connection so that the other side sees an error, not an end."""
+    client_socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client_socket.close()
+
+
+@pytest.fixture
+def tls(certificate):
+    """A client's TLS, which trusts that certificate only."""
+    return ssl.create_default_context(cafile=certificate[0])
+
+
+@pytest.fixture
+def serve_tls(serve, certificate):
+    return lambda **options: serve(tls_cert=certificate[0], tls_key=certificate[1], **options)
+
+
+# ======================================================================================
+# §9  Connections
+# ======================================================================================
+
+class TestConnections:
+
+    def test_held_connects_cost_no_threads(self, server):
+        threads_before = threading.active_count()
+        wires = [Wire(server) for _ in range(300)]
+        try:
+            for wire in wires:
+                client_id = wire.post(HANDSHAKE)[0]["clientId"]
+                wire.post(CorePeer.connect_message(client_id))
+                wire.post({"channel": "/meta/subscribe", "clientId": client_id, "subscription": "/all"})
+                wire.send_post(CorePeer.connect_message(client_id))
+            wait_until(lambda: sum(session.hold is not None for session in server.core.sessions.values()) == 300)
+            assert threading.active_count() - threads_before <= 5
+            server.publish("/all", "to everybody")
+            for wire in wires:
+                assert events_of(wire.read_answer().batch) == ["to everybody"]
+            assert threading.active_count() - threads_before <= 5
+        finally:
+            for wire in wires:
+                wire.close()
+
+    def test_a_connection_serves_request_after_request(self, server):
+        with Wire(server) as wire:
+            for number in range(50):
+                reply, = wire.post({**PING, "id": number})
+                assert reply["id"] == number
+
+    def test_pipelined_requests_are_answered_in_their_order(self, server):
+        with Wire(server) as wire, bystander(server):
+            wire.send(b"".join(whole_post({**PING, "id": number}) for number in range(100)))
+            assert [wire.read_answer().batch[0]["id"] for _ in range(100)] == list(range(100))
+
+    def test_pipelined_requests_of_all_kinds_are_answered_in_their_order(self, serve, tmp_path):
+        """A file and a slow handler step aside; what stands behind them waits."""
+        (tmp_path / "file.txt").write_text("file")
+        is_free = threading.Event()
+
+        def slow(request):
+            is_free.wait(PATIENCE)
+            return b"slow"
+
+        server = serve(docroot=str(tmp_path), content_handlers={"/slow": slow})
+        get = "GET {} HTTP/1.1\r\nHost: a\r\n\r\n"
+        with Wire(server) as wire, bystander(server):
+            wire.send(get.format("/slow").encode() + whole_post() + get.format("/file.txt").encode() + whole_post())
+            with Wire(server) as other:
+                other.post(PING)
+            is_free.set()
+            assert wire.read_answer().body == b"slow"
+            assert wire.read_answer().batch[0]["id"] == "p"
+            assert wire.read_answer().body == b"file"
+            assert wire.read_answer().batch[0]["id"] == "p"
+
+    def test_a_second_request_behind_a_held_connect_releases_it_first(self, server):
+        with Peer(server) as peer:
+            hold_connect(server, peer)
+            peer.send_post({**PING, "id": "second"})
+            connect, = peer.read_answer().batch
+            assert (connect["channel"], connect["successful"]) == ("/meta/connect", True)
+            assert peer.read_answer().batch[0]["id"] == "second"
+
+    def test_a_connect_with_a_request_behind_it_is_not_held(self, server):
+        with Peer(server) as peer:
+            peer.send(whole_post(CorePeer.connect_message(peer.id, id="first")) + whole_post({**PING, "id": "second"}))
+            assert peer.read_answer().batch[0]["id"] == "first"
+            assert peer.read_answer().batch[0]["id"] == "second"
+
+    @pytest.mark.parametrize("hang_up", [socket.socket.close, reset], ids=["close", "reset"])
+    def test_events_for_a_connect_that_hung_up_wait_for_the_next(self, server, hang_up):
+        """C6: nothing is lost, the subscriptions neither."""
+        with Peer(server) as peer:
+            peer.subscribe("/news")
+            hold_connect(server, peer)
+            hang_up(peer.socket)
+            wait_until(lambda: not is_held(server, peer.id), "the end of the hold")
+            server.publish("/news", 1)
+            server.publish("/news", 2)
+            assert events_of(peer.side.post(CorePeer.connect_message(peer.id))) == [1, 2]
+
+    def test_a_publisher_may_hang_up_at_once(self, server):
+        with Peer(server) as peer:
+            peer.subscribe("/news")
+            with Wire(server) as wire:
+                client_id = wire.post(HANDSHAKE)[0]["clientId"]
+                wire.send_post({"channel": "/news", "data": "last words", "clientId": client_id})
+            assert events_of(peer.connect()) == ["last words"]
+
+    @pytest.mark.parametrize("place", ["message_acl", "service", "content_handler", "post_handle"])
+    def test_slow_code_of_the_application_holds_up_nobody_else(self, serve, place):
+        has_begun, is_free = threading.Semaphore(0), threading.Event()
+
+        def slow(*arguments):
+            if place == "message_acl" and arguments[1]["channel"] != "/service/slow":
+                return None
+            has_begun.release()
+            assert is_free.wait(PATIENCE)
+            return b"slow" if place == "content_handler" else None
+
+        server = serve(**{"message_acl": {"message_acl": slow, "services": {"slow": lambda message: None}},
+                          "service": {"services": {"slow": slow}},
+                          "content_handler": {"content_handlers": {"/slow": slow}},
+                          "post_handle": {"post_handle": slow}}[place])
+        wires = [Wire(server) for _ in range(12)]
+        try:
+            with bystander(server), Peer(server) as peer:
+                for wire in wires:
+                    if place in ("content_handler", "post_handle"):
+                        wire.send_request("GET", "/slow")
+                    else:
+                        wire.send_post({"channel": "/service/slow", "clientId": peer.id})
+                for _ in wires:
+                    assert has_begun.acquire(timeout=PATIENCE)
+                peer.subscribe("/round/trip")
+                peer.publish("/round/trip", "quick")
+                assert events_of(peer.connect()) == ["quick"]
+            is_free.set()
+            for wire in wires:
+                assert wire.read_answer().status in (200, 404)
+        finally:
+            is_free.set()
+            for wire in wires:
+                wire.close()
+
+    def test_a_request_that_does_not_arrive_in_time_gets_408(self, serve):
+        """However little or much of it has come; and without a thread that waits for it."""
+        beginnings = [b"P", b"POST /cometd HTTP/1.1\r\nHost: a\r\n", raw_post(b"[", "Content-Length: 100"),
+                      raw_post(b"5\r\n[", "Transfer-Encoding: chunked"), whole_post() + b"GET /"]
+        server = serve(request_timeout=0.4)
+        with bystander(server):
+            threads_before = threading.active_count()
+            wires = [Wire(server) for _ in beginnings]
+            for wire, beginning in zip(wires, beginnings):
+                wire.send(beginning)
+            assert wires[-1].read_answer().status == 200
+            for wire in wires:
+                answer = wire.read_answer()
+                assert answer.status == 408
+                assert is_bayeux_failure(answer)
+                assert wire.is_closed_by_server()
+                wire.close()
+            assert threading.active_count() <= threads_before
+
+    def test_a_trickle_does_not_buy_a_request_more_time(self, serve):
+        server = serve(request_timeout=0.4)
+        with bystander(server), Wire(server) as wire:
+            wire.socket.settimeout(0.01)
+            wire.send("POST /cometd HTTP/1.1\r\nX: ")
+            limit = time.monotonic() + PATIENCE
+            answer = b""
+            while not answer:
+                assert time.monotonic() < limit
+                try:
+                    answer = wire.socket.recv(65536)
+                except OSError:         # nothing came yet (a socket.timeout, in Python 3.9 no TimeoutError)
+                    wire.send(b"x")
+            assert answer.startswith(b"HTTP/1.1 408 ")
+
+    def test_a_connection_that_says_nothing_is_closed_without_a_word(self, serve):
+        server = serve(request_timeout=0.4)
+        with bystander(server), Wire(server) as wire:
+            assert wire.is_closed_by_server()
+
+    def test_an_idle_connection_is_closed_after_keep_alive(self, serve, monkeypatch):
+        server = serve(request_timeout=1)       # which sets how often the server looks
+        with Wire(server) as wire, bystander(server):
+            monkeypatch.setattr(bayeux_server, "KEEP_ALIVE", 0.1)
+            wire.post(PING)
+            assert wire.is_closed_by_server()
+
+    def test_a_held_connect_is_not_late(self, serve):
+        with Peer(serve(request_timeout=0.2, timeout=0.5)) as peer:
+            assert events_of(peer.connect()) == []
+
+    def fill(self, server, peer, number=100):
+        """Queue more for the peer than sockets buffer, then connect without reading."""
+        peer.subscribe("/big")
+        for each in range(number):
+            server.publish("/big", f"{each}:" + "x" * 100_000)
+        peer.send_connect()
+        wait_until(lambda: has_unsent_output(server), "output that waits")
+
+    def test_a_slow_reader_gets_everything_and_holds_up_nobody(self, server):
+        """What the socket does not take waits in the connection's buffer."""
+        with bystander(server), Peer(server) as peer:
+            self.fill(server, peer)
+            server.publish("/big", "later")
+            with bystander(server):
+                pass
+            first = events_of(peer.read_answer().batch)
+            assert [data.split(":")[0] for data in first] == [str(number) for number in range(100)]
+            assert all(len(data) > 100_000 for data in first)
+            assert events_of(peer.connect()) == ["later"]
+
+    def test_who_takes_in_nothing_is_hung_up_on_and_loses_nothing(self, serve):
+        """C6: an answer that could not be written puts its events back in front."""
+        server = serve(request_timeout=0.4)
+        with bystander(server), Peer(server) as peer:
+            self.fill(server, peer)
+            server.publish("/big", "later")
+            wait_until(lambda: not has_unsent_output(server), "the hang-up")
+            events = events_of(peer.side.post(CorePeer.connect_message(peer.id)))
+            assert [data.split(":")[0] for data in events] == [str(number) for number in range(100)] + ["later"]
+
+    def test_who_hangs_up_in_the_middle_of_an_answer_loses_nothing(self, server):
+        """C6; and long before request_timeout."""
+        with bystander(server), Peer(server) as peer:
+            self.fill(server, peer)
+            reset(peer.socket)
+            wait_until(lambda: not server.core.sessions[peer.id].in_flight, "the return of the events")
+            events = events_of(peer.side.post(CorePeer.connect_message(peer.id)))
+            assert [data.split(":")[0] for data in events] == [str(number) for number in range(100)]
+
+    def test_answers_that_nobody_reads_stop_the_reading_of_requests(self, serve):
+        calls = []
+
+        def big(message):
+            calls.append(message["id"])
+            return {"data": "x" * 1_000_000}
+
+        server = serve(services={"big": big}, anon_publish=True)
+        with bystander(server), Wire(server) as wire:
+            wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            wire.send(b"".join(whole_post({"channel": "/service/big", "id": number}) for number in range(40)))
+            wait_until(lambda: has_unsent_output(server), "output that waits")
+            assert len(calls) < 30
+            assert [wire.read_answer().batch[0]["id"] for _ in range(40)] == list(range(40))
+
+    def test_without_file_descriptors_those_who_are_connected_go_on(self, server, errors):
+        """One error line now and then, no storm of them; whoever waits is served when there is room."""
+        resource = pytest.importorskip("resource")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        waiting = [socket.socket() for _ in range(3)]
+        with Peer(server) as peer:
+            lowest_free = os.dup(0)
+            os.close(lowest_free)
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+                for each in waiting:
+                    each.connect(("127.0.0.1", server.port))
+                wait_until(lambda: errors.records, "an error in the log")
+                for _ in range(100):
+                    assert events_of(peer.connect(timeout=0)) == []
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            logged = errors.take()
+            assert len(logged) < 20
+            for each in waiting:
+                each.settimeout(PATIENCE)
+                each.sendall(whole_post())
+                assert each.recv(65536).startswith(b"HTTP/1.1 200 ")
+                each.close()
+        errors.take()
+
+
+class TestTLS:
+    """The same parking, through TLS."""
+
+    def test_a_whole_conversation(self, serve_tls, tls):
+        server = serve_tls()
+        assert server.url.startswith("https://")
+        with Peer(server, tls) as peer:
+            peer.subscribe("/chat/*")
+            peer.publish("/chat/demo", "hello")
+            assert events_of(peer.connect()) == ["hello"]
+
+    def test_an_ssl_context_of_your_own(self, serve, certificate, tls):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*certificate)
+        with bystander(serve(tls_context=context), tls):
+            pass
+
+    def test_held_connects_cost_no_threads(self, serve_tls, tls):
+        server = serve_tls()
+        peers = [Peer(server, tls) for _ in range(20)]
+        threads = threading.active_count()
+        try:
+            for peer in peers:
+                peer.subscribe("/all")
+                hold_connect(server, peer)
+            assert threading.active_count() <= threads + 2
+            server.publish("/all", "to everybody")
+            for peer in peers:
+                assert events_of(peer.read_answer().batch) == ["to everybody"]
+        finally:
+            for peer in peers:
+                peer.close()
+
+    def test_a_hang_up_keeps_the_events(self, serve_tls, tls):
+        """C6"""
+        server = serve_tls()
+        with Peer(server, tls) as peer:
+            peer.subscribe("/news")
+            hold_connect(server, peer)
+            peer.socket.close()
+            wait_until(lambda: not is_held(server, peer.id), "the end of the hold")
+            server.publish("/news", 1)
+            assert events_of(peer.side.post(CorePeer.connect_message(peer.id))) == [1]
+
+    def test_pipelining(self, serve_tls, tls):
+        """TLS hands over whole records: what lies decrypted in its buffer must not be forgotten."""
+        server = serve_tls()
+        with Wire(server, tls) as wire:
+            wire.send(b"".join(whole_post({**PING, "id": number}) for number in range(300)))
+            assert [wire.read_answer().batch[0]["id"] for _ in range(300)] == list(range(300))
+
+    def test_a_large_request_and_a_large_answer(self, serve_tls, tls):
+        server = serve_tls(services={"echo": lambda message: {"data": message["data"]}}, max_message_size=1_000_000)
+        text = "x" * 900_000
+        with Peer(server, tls) as peer:
+            assert peer.ask("/service/echo", data=text)["data"] == text
+
+    def test_a_slow_reader_gets_everything(self, serve_tls, tls):
+        server = serve_tls()
+        with bystander(server, tls), Peer(server, tls) as peer:
+            TestConnections().fill(server, peer)
+            with bystander(server, tls):
+                pass
+            assert [data.split(":")[0] for data in events_of(peer.read_answer().batch)] == [
+                str(number) for number in range(100)]
+
+    def test_a_request_in_many_records(self, serve_tls, tls):
+        with Wire(serve_tls(), tls) as wire:
+            send_at_once(wire)
+            for byte in whole_post():
+                wire.send(bytes([byte]))
+            assert wire.read_answer().batch[0]["id"] == "p"
+
+    @pytest.mark.parametrize("noise", [whole_post(), b"\x16\x03\x01" + b"\xff" * 300, b"\0" * 50, b""])
+    def test_who_speaks_no_tls_harms_nobody(self, serve_tls, tls, noise):
+        server = serve_tls()
+        with bystander(server, tls), Wire(server) as wire:
+            try:
+                wire.send(noise)
+                wire.socket.shutdown(socket.SHUT_WR)
+                while wire.socket.recv(65536):      # an alert of TLS may come
+                    pass
+            except OSError:                         # the server has hung up already
+                pass
+
+
+# ======================================================================================
+# §10  HTTP transport: requests
+# ======================================================================================
+
+class TestRequests:
+
+    BODY = json.dumps([PING]).encode()
+    CHUNKED = (raw_post(b"", "Transfer-Encoding: chunked")
+               + b"5;name=value\r\n" + BODY[:5] + b"\r\n" + f"{len(BODY) - 5:X}\r\n".encode() + BODY[5:] + b"\r\n")
+
+    @pytest.mark.parametrize("data, status", [
+        (raw_post(BODY, "Content-Length: 5", "Content-Length: 5"), 400),
+        (raw_post(BODY, "Content-Length: 5", "Content-Length: 6"), 400),
+        (raw_post(BODY, "Content-Length: 5, 5"), 400),
+        (raw_post(BODY, "Content-Length: +5"), 400),
+        (raw_post(BODY, "Content-Length: -1"), 400),
+        (raw_post(BODY, "Content-Length: 0x5"), 400),
+        (raw_post(BODY, "Content-Length:"), 400),
+        (raw_post(BODY, "Content-Length: " + "9" * 5000), 400),
+        (raw_post(BODY, "Content-Length: 5", "Transfer-Encoding: chunked"), 400),
+        (raw_post(BODY, "Transfer-Encoding: chunked", "Transfer-Encoding: chunked"), 400),
+        (raw_post(BODY, "Transfer-Encoding: chunked", version="HTTP/1.0"), 400),
+        (raw_post(BODY, "Transfer-Encoding: gzip, chunked"), 501),
+        (raw_post(b"xyz\r\n", "Transfer-Encoding: chunked"), 400),
+        (raw_post(b"-1\r\n", "Transfer-Encoding: chunked"), 400),
+        (raw_post(b"0x1\r\n", "Transfer-Encoding: chunked"), 400),
+        (raw_post(b"1\r\nabc\r\n", "Transfer-Encoding: chunked"), 400),
+        (raw_post(b"1\n[\r\n0\r\n\r\n", "Transfer-Encoding: chunked"), 400),
+        (raw_post(b"x" * 20_000, "Transfer-Encoding: chunked"), 400),
+        (b"POST /cometd HTTP/1.1\nHost: a\n\n", 400),
+        (b"POST /cometd HTTP/1.1\r\nHost: a\nX: y\r\n\r\n", 400),
+        (b"POST /cometd HTTP/1.1\r\nHost: a\rX: y\r\n\r\n", 400),
+        (b"GET /\r\n", 400),
+        (b"GET / HTTP/0.9\r\n\r\n", 505),
+        (b"GET / HTTP/2.0\r\nHost: a\r\n\r\n", 505),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+        (b"GET / HTTP/1.10\r\nHost: a\r\n\r\n", 400),
+        (b"GET / http/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET  / HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET / HTTP/1.1 \r\nHost: a\r\n\r\n", 400),
+        (b"GET\t/ HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET nowhere HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET /a\xffb HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET /a#b HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"G(T / HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX : y\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nno colon\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n: y\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: y\r\n folded\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: a\0b\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: a\x1bb\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: a\x7fb\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 17_000 + b"\r\n\r\n", 431),
+        (b"GET /" + b"y" * 17_000, 431),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: y\r\n" * 4000, 431),
+    ], ids=lambda value: repr(value[:60]) if isinstance(value, bytes) else None)
+    def test_what_is_no_good_request_is_refused(self, server, data, status):
+        """T5: with its status and a batch, and nobody else notices."""
+        with bystander(server):
+            refusal(server, data, status)
+
+    def test_a_head_of_just_under_16_kib_is_read(self, server):
+        with Wire(server) as wire:
+            assert wire.request("POST", "/cometd", self.BODY, X="y" * 16_000).batch[0]["id"] == "p"
+
+    @pytest.mark.parametrize("request_bytes", [
+        whole_post(), CHUNKED + b"0\r\n\r\n", CHUNKED + b"0\r\nA: b\r\nC: d\r\n\r\n"],
+        ids=["length", "chunked", "trailers"])
+    def test_requests_are_read_however_they_are_cut(self, server, request_bytes):
+        """Whole, byte by byte, and with another request behind them."""
+        with Wire(server) as wire, bystander(server):
+            send_at_once(wire)
+            wire.send(request_bytes)
+            assert wire.read_answer().batch[0]["id"] == "p"
+            for byte in request_bytes:
+                wire.send(bytes([byte]))
+            assert wire.read_answer().batch[0]["id"] == "p"
+            wire.send(request_bytes + request_bytes + whole_post({**PING, "id": "behind"}))
+            assert [wire.read_answer().batch[0]["id"] for _ in range(3)] == ["p", "p", "behind"]
+            for cut in range(1, len(request_bytes), 7):
+                wire.send(request_bytes[:cut])
+                wire.send(request_bytes[cut:])
+                assert wire.read_answer().batch[0]["id"] == "p"
+
+    def test_an_empty_line_before_a_request_is_forgiven(self, server):
+        with Wire(server) as wire:
+            wire.send(b"\r\n" + whole_post() + b"\r\n\r\n" + whole_post())
+            assert wire.read_answer().status == wire.read_answer().status == 200
+
+    def test_a_target_may_be_a_whole_url(self, server):
+        """RFC 9112, "absolute-form": a server MUST accept it."""
+        with Wire(server) as wire:
+            wire.send(whole_post(target="http://127.0.0.1/cometd"))
+            assert wire.read_answer().status == 200
+
+    def test_http_1_0_ends_with_the_answer(self, server):
+        with Wire(server) as wire:
+            wire.send(whole_post(version="HTTP/1.0"))
+            answer = wire.read_answer()
+            assert answer.batch[0]["id"] == "p"
+            assert answer.headers["connection"] == "close"
+            assert wire.is_closed_by_server()
+
+    @pytest.mark.parametrize("body", [b'[{"channel": "/meta/ping"}]', b"no JSON"])
+    def test_http_1_0_keeps_alive_if_asked_and_says_so(self, server, body):
+        """The original promised and did not keep it."""
+        with Wire(server) as wire:
+            for _ in range(3):
+                wire.send(raw_post(body, f"Content-Length: {len(body)}", "Connection: Keep-Alive", version="HTTP/1.0"))
+                answer = wire.read_answer()
+                assert answer.headers["connection"].lower() == "keep-alive"
+
+    def test_http_1_0_needs_no_host(self, server):
+        with Wire(server) as wire:
+            wire.send(b"GET / HTTP/1.0\r\n\r\n")
+            assert wire.read_answer().status == 404
+            assert wire.is_closed_by_server()
+
+    def test_http_1_1_closes_if_asked_and_says_so(self, server):
+        with Wire(server) as wire:
+            wire.send_post(PING, Connection="close")
+            assert wire.read_answer().headers["connection"] == "close"
+            assert wire.is_closed_by_server()
+
+    def test_a_held_connect_closes_after_its_answer_if_asked(self, server):
+        with Peer(server) as peer:
+            peer.subscribe("/news")
+            peer.send_post(CorePeer.connect_message(peer.id), Connection="close")
+            wait_until(lambda: is_held(server, peer.id))
+            server.publish("/news", 1)
+            assert events_of(peer.read_answer().batch) == [1]
+            assert peer.is_closed_by_server()
+
+    @pytest.mark.parametrize("data", [
+        raw_post(b"", "Content-Length: 2000000"), raw_post(b"1E8480\r\n", "Transfer-Encoding: chunked"),
+        raw_post(b"", "Content-Length: 2000000", "Expect: 100-continue"),
+        raw_post(b"x" * 3_000_000, "Content-Length: 3000000")], ids=["length", "chunk", "expect", "already sent"])
+    def test_a_body_over_max_request_size_is_refused_before_it_is_read(self, server, data):
+        """The client, even one that has sent it all, can read why."""
+        with bystander(server):
+            assert "1048576 bytes" in refusal(server, data, 413).batch[0]["error"]
+
+    def test_chunks_do_not_add_up_to_more_than_max_request_size(self, serve):
+        server = serve(max_request_size=1000)
+        chunk = b"64\r\n" + b"x" * 100 + b"\r\n"
+        with bystander(server):
+            refusal(server, raw_post(chunk * 11, "Transfer-Encoding: chunked"), 413)
+
+    @pytest.mark.parametrize("target", ["/cometd", "/file"])
+    def test_a_refusal_is_readable_with_a_post_handle_too(self, serve, target):
+        server = serve(post_handle=lambda request, response: None)
+        with bystander(server), Wire(server) as wire:
+            wire.send(raw_post(b"x" * 3_000_000, "Content-Length: 3000000", target=target))
+            assert wire.read_answer().status == 413
+            assert wire.is_closed_by_server()
+
+    def test_expect_100_continue(self, server):
+        with Wire(server) as wire:
+            wire.send(raw_post(b"", f"Content-Length: {len(self.BODY)}", "Expect: 100-continue"))
+            assert wire.read_answer().status == 100
+            wire.send(self.BODY)
+            assert wire.read_answer().batch[0]["id"] == "p"
+
+    def test_expect_is_not_answered_when_the_body_is_there_already(self, server):
+        with Wire(server) as wire:
+            wire.send(raw_post(self.BODY, f"Content-Length: {len(self.BODY)}", "Expect: 100-continue"))
+            assert wire.read_answer().status == 200
+
+    def test_other_expectations_are_refused(self, server):
+        refusal(server, raw_post(b"", "Content-Length: 5", "Expect: miracles"), 417)
+
+    @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "TRACE", "BREW", "get"])
+    def test_unknown_methods_get_405_and_what_is_allowed(self, server, method):
+        """T5"""
+        with Wire(server) as wire, bystander(server):
+            answer = wire.request(method, "/cometd", self.BODY)
+            assert answer.status == 405
+            assert answer.headers["allow"] == "GET, OPTIONS, POST"
+            assert is_bayeux_failure(answer)
+            assert wire.post(PING)[0]["successful"], "the connection is good for the next request"
+
+    def test_head_gets_no_body(self, server):
+        with Wire(server) as wire:
+            assert wire.request("HEAD", "/cometd").status == 405
+            assert wire.post(PING)[0]["successful"]
+
+    def test_options(self, server):
+        with Wire(server) as wire:
+            answer = wire.request("OPTIONS", "/cometd")
+            assert (answer.status, answer.headers["allow"]) == (204, "GET, OPTIONS, POST")
+            assert not [name for name in answer.headers if name.startswith("access-control")]
+
+    def test_random_bytes_harm_nobody(self, server):
+        noise = random.Random(1)
+        with bystander(server):
+            for _ in range(200):
+                data = bytearray(whole_post())
+                for _ in range(noise.randrange(1, 8)):
+                    data[noise.randrange(len(data))] = noise.randrange(256)
+                with Wire(server) as wire:
+                    wire.send(bytes(data))
+                    wire.socket.shutdown(socket.SHUT_WR)
+                    answer = wire.read_answer()
+                    assert answer is None or answer.status < 500 or answer.status in (501, 505), data
+        wait_until(lambda: not server.watch.connections, "the end of the connections")
+
+
+# ======================================================================================
+# §10  HTTP transport: long-polling
+# ======================================================================================
+
+class TestLongPolling:
+
+    TEXT = json.dumps([PING])
+    FORM = urllib.parse.urlencode({"message": TEXT})
+    FORM_TYPE = "application/x-www-form-urlencoded"
+
+    @pytest.mark.parametrize("content_type", [
+        "application/json", "APPLICATION/JSON", "application/json;charset=UTF-8", 'application/json; charset="utf-8"',
+        "text/json", "text/json; charset=utf8", "text/plain", "text/plain;charset=UTF-8", None,
+        "application/x-www-form-urlencoded"])
+    def test_json_is_read_whatever_it_is_called(self, server, content_type):
+        """T1, G1: an array or an object; the last type is what `curl -d` says."""
+        with Wire(server) as wire:
+            headers = {"Content_Type": content_type} if content_type else {}
+            for body in (self.TEXT, json.dumps(PING), " \r\n" + self.TEXT + "\n"):
+                reply, = wire.request("POST", "/cometd", body.encode(), **headers).batch
+                assert reply == {"channel": "/meta/ping", "successful": True, "id": "p"}
+
+    @pytest.mark.parametrize("content_type", [
+        FORM_TYPE, FORM_TYPE + "; charset=UTF-8", FORM_TYPE.upper(), None, "text/plain"])
+    def test_a_form_is_read_even_if_it_is_not_called_one(self, server, content_type):
+        """T1: Faye's cross-origin requests have no content type."""
+        with Wire(server) as wire:
+            headers = {"Content_Type": content_type} if content_type else {}
+            assert wire.request("POST", "/cometd", self.FORM.encode(), **headers).batch[0]["id"] == "p"
+
+    def test_a_form_of_many_messages(self, server):
+        """T1: each parameter an object or an array; other parameters mean nothing."""
+        one, two = json.dumps({**PING, "id": 1}), json.dumps([{**PING, "id": 2}, {**PING, "id": 3}])
+        form = urllib.parse.urlencode([("other", "x"), ("message", one), ("message", two)])
+        with Wire(server) as wire:
+            answer = wire.request("POST", "/cometd", form.encode(), Content_Type=self.FORM_TYPE)
+            assert [reply["id"] for reply in answer.batch] == [1, 2, 3]
+
+    @pytest.mark.parametrize("suffix", ["", "/", "/handshake", "/connect", "/a/b/c", "?query=1", "/connect?x"])
+    def test_the_path_may_have_a_suffix(self, server, suffix):
+        """T1: CometD's client appends the message type."""
+        with Wire(server) as wire:
+            assert wire.request("POST", "/cometd" + suffix, self.TEXT.encode()).batch[0]["id"] == "p"
+
+    def test_another_path_is_no_bayeux(self, server):
+        with Wire(server) as wire:
+            assert wire.request("POST", "/cometdx", self.TEXT.encode()).status == 404
+
+    def test_the_path_is_an_option(self, serve):
+        with Wire(serve(path="/live/bayeux")) as wire:
+            assert wire.request("POST", "/live/bayeux/connect", self.TEXT.encode()).batch[0]["id"] == "p"
+            assert wire.request("POST", "/cometd", self.TEXT.encode()).status == 404
+
+    def test_the_headers_of_a_reply(self, server):
+        """T1"""
+        with Wire(server) as wire:
+            headers = wire.request("POST", "/cometd", self.TEXT.encode()).headers
+            assert headers["content-type"] == "application/json; charset=utf-8"
+            assert headers["cache-control"] == "no-store"
+            assert headers["x-content-type-options"] == "nosniff"
+            assert headers["date"].endswith(" GMT")
+
+    def test_text_is_utf_8_both_ways(self, server):
+        """G4"""
+        text = "Grüße \u2028 \U0001f600 \0"
+        with Peer(server) as peer:
+            peer.subscribe("/chat")
+            peer.publish("/chat", text)
+            body = json.dumps({"channel": "/chat", "clientId": peer.id, "data": text}, ensure_ascii=False)
+            peer.side.request("POST", "/cometd", body.encode("utf-8"))
+            form = urllib.parse.urlencode({"message": body})
+            peer.side.request("POST", "/cometd", form.encode(), Content_Type=self.FORM_TYPE)
+            assert events_of(peer.connect()) == [text] * 3
+
+    NO_BATCHES = (
+        b"", b" ", b"[]", b"no JSON", b"[", b'[{"channel": "/meta/ping"}', b"[NaN]", b'[{"a": 1, "a": 2}]',
+        b'["\xff"]', b'["\\ud800"]', b"[" * 10_000, b"[1e999]", b"message=", b"message=%5B%5D", b"message=%ff",
+        b"\xef\xbb\xbf[]", b"[]]", b"[1" + b"0" * 5000 + b"]")
+
+    @pytest.mark.parametrize("content_type", ["application/json", FORM_TYPE, "text/plain"])
+    def test_what_holds_no_batch_gets_400_and_never_an_empty_array(self, server, content_type):
+        """T5, G5: the original answered with [] and clients sent again for ever."""
+        with Wire(server) as wire:
+            for body in self.NO_BATCHES:
+                with bystander(server):
+                    answer = wire.request("POST", "/cometd", body, Content_Type=content_type)
+                    assert answer.status == 400, body[:50]
+                    assert is_bayeux_failure(answer)
+                    assert wire.post(PING)[0]["successful"], "the connection is good for the next request"
+
+    @pytest.mark.parametrize("value", [None, 1, "text", True, [], {}])
+    def test_what_is_no_message_is_answered_one_by_one(self, server, value):
+        """G1, T5: a Bayeux error is HTTP 200."""
+        with Wire(server) as wire, bystander(server):
+            answer = wire.request("POST", "/cometd", json.dumps([value, PING, value]).encode())
+            assert answer.status == 200
+            assert [reply["successful"] for reply in answer.batch] == [False, True, False]
+
+    @pytest.mark.parametrize("content_type", ["application/xml", "multipart/form-data; boundary=x",
+                                              "application/json; charset=iso-8859-1", "text/plain; charset=utf-16"])
+    def test_other_types_and_charsets_get_415(self, server, content_type):
+        with Wire(server) as wire, bystander(server):
+            answer = wire.request("POST", "/cometd", self.TEXT.encode(), Content_Type=content_type)
+            assert answer.status == 415
+            assert is_bayeux_failure(answer)
+
+    def test_a_message_over_max_message_size_is_refused_alone(self, server):
+        """T5: its neighbours are handled."""
+        large = {"channel": "/chat", "data": "x" * 70_000, "id": "large"}
+        with Wire(server) as wire:
+            answer = wire.request("POST", "/cometd", json.dumps([large, PING]).encode())
+            assert answer.status == 200
+            assert [(reply["id"], reply["successful"]) for reply in answer.batch] == [("large", False), ("p", True)]
+            assert answer.batch[0]["error"].startswith("413:")
+
+    def test_an_unknown_client_is_a_bayeux_error(self, server):
+        """T5, C1"""
+        with Wire(server) as wire:
+            answer = wire.request("POST", "/cometd", json.dumps([CorePeer.connect_message("unknown")]).encode())
+            assert answer.status == 200
+            assert answer.batch[0]["error"].startswith("402:")
+            assert answer.batch[0]["advice"]["reconnect"] == "handshake"
+
+    def test_a_failure_of_the_server_s_code_is_answered(self, serve, errors):
+        """An answer that JSON or UTF-8 cannot hold is the sender's misfortune only."""
+        server = serve(services={"broken": lambda message: {"data": "\ud800"}}, anon_publish=True,
+                       client_max_connections=2)
+        with Wire(server) as wire:
+            for _ in range(5):
+                wire.send_post({"channel": "/service/broken", "id": 1})
+                answer = wire.read_answer()
+                assert is_bayeux_failure(answer)
+                if answer.headers.get("connection") == "close":
+                    wire.close()
+                    wire = Wire(server)
+            assert errors.take()
+            wire.close()
+        with bystander(server):
+            pass
+
+    def test_what_utf_8_cannot_hold_is_not_published(self, server):
+        """One such event once ended the long-poll wait, and with it all delivery."""
+        with bystander(server), pytest.raises(ValueError):
+            server.publish("/bystander", "\ud800")
+
+
+# ======================================================================================
+# §10  HTTP transport: callback-polling
+# ======================================================================================
+
+def jsonp_target(*messages, **parameters):
+    return "/cometd?" + urllib.parse.urlencode({"message": json.dumps(messages), **parameters})
+
+
+def script_batch(answer, callback="jsonpcallback"):
+    """The batch with which the script calls the callback."""
+    text = answer.body.decode("utf-8")
+    assert answer.headers["content-type"] == "text/javascript; charset=utf-8"
+    assert text.startswith(f"/**/{callback}(") and text.endswith(");"), text
+    return json.loads(text[len(f"/**/{callback}("):-2])
+
+
+class TestCallbackPolling:
+
+    def test_the_default_name(self, server):
+        """T3"""
+        with Wire(server) as wire:
+            answer = wire.request("GET", jsonp_target(PING))
+            assert script_batch(answer)[0]["id"] == "p"
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert answer.headers["cache-control"] == "no-store"
+
+    @pytest.mark.parametrize("name", ["cb", "a.b.c", "_$9", "dojo.io.script.jsonp_dojoIoScript1._jsonpCallback",
+                                      "x" * 64])
+    def test_a_name_of_the_client_s(self, server, name):
+        """T3"""
+        with Wire(server) as wire:
+            assert script_batch(wire.request("GET", jsonp_target(PING, jsonp=name)), name)[0]["id"] == "p"
+
+    @pytest.mark.parametrize("name", [
+        "alert(1)//", "a;b", "a b", "a..b", ".a", "a.", "9a", "a[0]", "x" * 65, "<script>", "a\n", "a\u2028", "ä",
+        "a\0", "*/alert(1)/*", "a'", "a\r\nSet-Cookie: x=y"])
+    def test_a_hostile_name_is_refused_and_not_repeated(self, server, name):
+        """T3"""
+        with Wire(server) as wire, bystander(server):
+            answer = wire.request("GET", jsonp_target(PING, jsonp=name))
+            assert answer.status == 400
+            assert answer.headers["content-type"].startswith("application/json")
+            assert is_bayeux_failure(answer)
+            assert name.encode() not in answer.body
+            assert "set-cookie" not in answer.headers
+
+    @pytest.mark.parametrize("query", ["", "?", "?jsonp=cb", "?message=", "?message=[]", "?message=no", "?message=%ff",
+                                       "?message=%ED%A0%80", "?message=[" + "[" * 5000])
+    def test_a_bad_message_gets_400_as_a_script(self, server, query):
+        """T3, T5: so that the page learns it."""
+        with Wire(server) as wire, bystander(server):
+            answer = wire.request("GET", "/cometd" + query)
+            assert answer.status == 400
+            failure, = script_batch(answer, "cb" if "cb" in query else "jsonpcallback")
+            assert failure["successful"] is False
+
+    def test_line_separators_are_escaped(self, server):
+        """T3, G4: U+2028 and U+2029 end a line in older scripts."""
+        with Peer(server) as peer:
+            peer.subscribe("/chat")
+            peer.publish("/chat", "a\u2028b\u2029c")
+            answer = peer.request("GET", jsonp_target(CorePeer.connect_message(peer.id)))
+            assert events_of(script_batch(answer)) == ["a\u2028b\u2029c"]
+            assert b"\\u2028b\\u2029" in answer.body
+            assert "\u2028" not in answer.body.decode() and "\u2029" not in answer.body.decode()
+
+    def test_a_whole_conversation(self, server):
+        """T3, H5: handshake, subscribe, a held connect, publish, disconnect."""
+        with Wire(server) as wire, Wire(server) as side:
+            def call(connection, **message):
+                return script_batch(connection.request("GET", jsonp_target(message, jsonp="f")), "f")
+
+            handshake, = call(wire, channel="/meta/handshake", version="1.0",
+                              supportedConnectionTypes=["callback-polling"])
+            assert handshake["supportedConnectionTypes"] == ["callback-polling"]
+            client_id = handshake["clientId"]
+            connect = {"channel": "/meta/connect", "clientId": client_id, "connectionType": "callback-polling"}
+            assert call(wire, **connect)[0]["successful"]
+            assert call(wire, channel="/meta/subscribe", clientId=client_id, subscription="/chat/*")[0]["successful"]
+            wire.send_request("GET", jsonp_target({**connect, "id": 9}, jsonp="f"))
+            wait_until(lambda: is_held(server, client_id))
+            assert call(side, channel="/chat/demo", clientId=client_id, data="hello")[0]["successful"]
+            reply, event = script_batch(wire.read_answer(), "f")
+            assert (reply["id"], event) == (9, {"channel": "/chat/demo", "data": "hello"})
+            assert call(side, channel="/meta/disconnect", clientId=client_id)[0]["successful"]
+            assert call(side, **connect)[0]["advice"]["reconnect"] == "handshake"
+
+    def test_many_message_parameters(self, server):
+        """T1, T3"""
+        with Wire(server) as wire:
+            answer = wire.request("GET", jsonp_target({**PING, "id": 1}) + "&message=" + urllib.parse.quote(
+                json.dumps({**PING, "id": 2})))
+            assert [reply["id"] for reply in script_batch(answer)] == [1, 2]
+
+
+# ======================================================================================
+# §10  HTTP transport: JSON comment filtering
+# ======================================================================================
+
+class TestCommentFiltering:
+
+    @staticmethod
+    def unfiltered(answer):
+        text = answer.body.decode("utf-8")
+        assert answer.headers["content-type"] == "text/json-comment-filtered; charset=utf-8"
+        assert text.startswith("/*") and text.endswith("*/")
+        assert text.count("/*") == text.count("*/") == 1, "the data must not end the comment, nor begin one"
+        return json.loads(text[2:-2])
+
+    def ask(self, wire, *messages):
+        wire.send_post(*messages)
+        return self.unfiltered(wire.read_answer())
+
+    @pytest.mark.parametrize("asked", [True, 1])
+    def test_every_reply_of_the_session_is_filtered(self, server, asked):
+        """E6: from the handshake's on, the held connect's too."""
+        with Wire(server) as wire, Wire(server) as side, bystander(server):
+            handshake, = self.ask(wire, {**HANDSHAKE, "ext": {"json-comment-filtered": asked}})
+            assert handshake["ext"]["json-comment-filtered"] is True
+            client_id = handshake["clientId"]
+            connect = CorePeer.connect_message(client_id)
+            assert self.ask(wire, connect)[0]["successful"]
+            for pattern in ("/chat/*", "/chat/**"):
+                reply, = self.ask(wire, {"channel": "/meta/subscribe", "clientId": client_id, "subscription": pattern})
+                assert reply["subscription"] == pattern
+            wire.send_post(connect)
+            wait_until(lambda: is_held(server, client_id))
+            hostile = {"*/alert(1)/*": "*/alert(1)/* /**/ *\\/"}
+            assert self.ask(side, {"channel": "/chat/demo", "clientId": client_id, "data": hostile})[0]["successful"]
+            assert events_of(self.unfiltered(wire.read_answer())) == [hostile]
+            refusal, = self.ask(side, {"channel": "*/x/*", "clientId": client_id})
+            assert refusal["channel"] == "*/x/*"
+            assert self.ask(side, {"channel": "/meta/disconnect", "clientId": client_id})[0]["successful"]
+
+    @pytest.mark.parametrize("ext", [None, {}, {"json-comment-filtered": False}, {"json-comment-filtered": 0}, 1, [1]])
+    def test_who_did_not_ask_gets_plain_json(self, server, ext):
+        """E6, G3"""
+        with Wire(server) as wire:
+            reply, = wire.post({**HANDSHAKE, "ext": ext})
+            assert reply["successful"]
+            assert "ext" not in reply
+
+    def test_it_can_be_switched_off(self, serve):
+        """E6"""
+        with Wire(serve(json_comment_filtered=False)) as wire:
+            reply, = wire.post({**HANDSHAKE, "ext": {"json-comment-filtered": True}})
+            assert reply["successful"]
+            assert "ext" not in reply
+
+
+# ======================================================================================
+# §10  HTTP transport: cross-origin rules
+# ======================================================================================
+
+class TestCrossOrigin:
+
+    ELSEWHERE = "https://elsewhere.example"
+
+    @staticmethod
+    def access_headers(answer):
+        return {name: value for name, value in answer.headers.items() if name.startswith("access-control")}
+
+    def ask(self, server, method="POST", target="/cometd", **headers):
+        body = json.dumps([PING]).encode() if method == "POST" else b""
+        with Wire(server) as wire:
+            return wire.request(method, target, body, **headers)
+
+    @pytest.mark.parametrize("origin", [ELSEWHERE, "null", "http://127.0.0.1:8080", "http://127.0.0.1.example",
+                                        "http://[", "nonsense", ""])
+    def test_foreign_origins_get_nothing_by_default(self, server, origin):
+        """T6"""
+        with bystander(server):
+            for method in ("POST", "OPTIONS"):
+                answer = self.ask(server, method, Origin=origin, Access_Control_Request_Method="POST")
+                assert answer.status == 403
+                assert is_bayeux_failure(answer)
+                assert self.access_headers(answer) == {}
+
+    @pytest.mark.parametrize("origin", ["http://127.0.0.1", "http://127.0.0.1:80", "https://127.0.0.1",
+                                        "https://127.0.0.1:443", None])
+    def test_the_own_origin_and_no_origin_pass(self, server, origin):
+        """T6: the port of http or https may be left out.  No origin: no browser."""
+        answer = self.ask(server, **({"Origin": origin} if origin else {}))
+        assert answer.status == 200
+        assert self.access_headers(answer) == {}
+
+    def test_an_allowed_origin_is_echoed_exactly_with_credentials(self, serve):
+        """T6"""
+        server = serve(allowed_origins=[self.ELSEWHERE, "http://second.example:81"])
+        for origin in (self.ELSEWHERE, "http://second.example:81"):
+            answer = self.ask(server, Origin=origin)
+            assert answer.status == 200
+            assert self.access_headers(answer) == {"access-control-allow-origin": origin,
+                                                   "access-control-allow-credentials": "true"}
+            assert answer.headers["vary"] == "Origin"
+        for origin in (self.ELSEWHERE + ":444", "http://elsewhere.example", self.ELSEWHERE + ".evil.example"):
+            assert self.ask(server, Origin=origin).status == 403
+
+    def test_a_preflight_of_an_allowed_origin(self, serve):
+        """T6"""
+        answer = self.ask(serve(allowed_origins=[self.ELSEWHERE]), "OPTIONS", Origin=self.ELSEWHERE,
+                          Access_Control_Request_Method="POST", Access_Control_Request_Headers="content-type")
+        assert answer.status == 204
+        assert answer.headers["access-control-allow-origin"] == self.ELSEWHERE
+        assert answer.headers["access-control-allow-credentials"] == "true"
+        assert "POST" in answer.headers["access-control-allow-methods"]
+        assert {"Content-Type", "X-Requested-With"} <= set(answer.headers["access-control-allow-headers"].split(", "))
+
+    @pytest.mark.parametrize("method", ["POST", "OPTIONS"])
+    def test_any_origin_comes_without_credentials(self, serve, method):
+        """T6"""
+        answer = self.ask(serve(allowed_origins=["*"]), method, Origin=self.ELSEWHERE)
+        assert answer.status in (200, 204)
+        assert answer.headers["access-control-allow-origin"] == "*"
+        assert "access-control-allow-credentials" not in answer.headers
+
+    def test_a_page_of_an_allowed_origin_can_read_errors_too(self, serve):
+        """T6: without the header it sees a network failure, and tries again at once."""
+        with Wire(serve(allowed_origins=[self.ELSEWHERE])) as wire:
+            answer = wire.request("POST", "/cometd", b"no JSON", Origin=self.ELSEWHERE)
+            assert answer.status == 400
+            assert answer.headers["access-control-allow-origin"] == self.ELSEWHERE
+
+    @pytest.mark.parametrize("headers", [
+        {"Referer": "https://elsewhere.example/page"}, {"Sec_Fetch_Site": "cross-site"},
+        {"Sec_Fetch_Site": "same-site"}, {"Referer": "http://["}, {"Referer": "http://127.0.0.1:8080/"},
+        {"Origin": "https://elsewhere.example"}])
+    def test_scripts_for_foreign_pages_are_refused(self, server, headers):
+        """T6: whoever loads one, with the visitor's cookies, could read his events."""
+        with bystander(server):
+            assert self.ask(server, "GET", jsonp_target(HANDSHAKE), **headers).status == 403
+        assert len(server.core.sessions) == 1, "only the bystander's"
+
+    @pytest.mark.parametrize("headers", [
+        {}, {"Referer": "http://127.0.0.1/page"}, {"Sec_Fetch_Site": "same-origin"}, {"Sec_Fetch_Site": "none"},
+        {"Referer": "http://127.0.0.1/page", "Sec_Fetch_Site": "same-origin"}])
+    def test_scripts_for_own_pages_are_served(self, server, headers):
+        """T6"""
+        assert script_batch(self.ask(server, "GET", jsonp_target(PING), **headers))[0]["successful"]
+
+    def test_scripts_for_allowed_pages_are_served(self, serve):
+        """T6"""
+        server = serve(allowed_origins=[self.ELSEWHERE])
+        assert self.ask(server, "GET", jsonp_target(PING), Referer=self.ELSEWHERE + "/page",
+                        Sec_Fetch_Site="cross-site").status == 200
+
+
+# ======================================================================================
+# §10  HTTP transport: cookies
+# ======================================================================================
+
+class TestCookies:
+
+    @staticmethod
+    def handshake(wire, **headers):
+        """The clientId and the cookie of a new session."""
+        wire.send_post(HANDSHAKE, **headers)
+        answer = wire.read_answer()
+        return answer.batch[0]["clientId"], answer.headers.get("set-cookie")
+
+    def test_a_handshake_names_the_browser(self, server):
+        """T7"""
+        with Wire(server) as wire:
+            _, cookie = self.handshake(wire)
+            name, *attributes = cookie.split("; ")
+            assert name.startswith("BAYEUX_BROWSER=") and len(name) > len("BAYEUX_BROWSER=") + 20
+            assert sorted(attributes) == ["HttpOnly", "Path=/", "SameSite=Lax"]
+            assert self.handshake(wire, Cookie=f"a=b; {name}; c=d")[1] is None, "it has its name"
+            assert self.handshake(wire)[1] != cookie
+            wire.send_post(PING)
+            assert "set-cookie" not in wire.read_answer().headers
+
+    @pytest.mark.parametrize("cookie", ["BAYEUX_BROWSER=", "BAYEUX_BROWSER=a b", "XBAYEUX_BROWSER=abc", "=;=;",
+                                        "BAYEUX_BROWSER=" + "x" * 65, "BAYEUX_BROWSER=<script>"])
+    def test_a_strange_cookie_is_none(self, server, cookie):
+        """T7"""
+        with Wire(server) as wire:
+            assert self.handshake(wire, Cookie=cookie)[1] is not None
+
+    def test_it_is_secure_under_tls(self, serve_tls, tls):
+        """T7"""
+        with Wire(serve_tls(), tls) as wire:
+            assert self.handshake(wire)[1].endswith("; Secure")
+
+    def test_no_cookie_is_ever_required(self, server):
+        """T7: many clients keep none."""
+        with Peer(server) as peer:
+            assert events_of(peer.connect(timeout=0)) == []
+
+    def test_the_second_session_of_a_browser_is_told_to_poll(self, serve):
+        """T7: as long as the first holds its connect."""
+        server = serve(max_sessions_per_browser=1)
+        with Wire(server) as first, Wire(server) as second, Wire(server) as stranger:
+            first_id, cookie = self.handshake(first)
+            headers = {"Cookie": cookie.partition(";")[0]}
+            second_id, _ = self.handshake(second, **headers)
+            stranger_id, _ = self.handshake(stranger)
+            for wire, client_id in ((first, first_id), (second, second_id), (stranger, stranger_id)):
+                wire.post(CorePeer.connect_message(client_id), **(headers if wire is not stranger else {}))
+            first.send_post(CorePeer.connect_message(first_id), **headers)
+            wait_until(lambda: is_held(server, first_id))
+            reply, = second.post(CorePeer.connect_message(second_id), **headers)
+            assert reply["successful"]
+            assert reply["advice"]["multiple-clients"] is True
+            assert reply["advice"]["interval"] > 0
+            stranger.send_post(CorePeer.connect_message(stranger_id))
+            wait_until(lambda: is_held(server, stranger_id), "the hold of another browser's connect")
+            first.close()
+            wait_until(lambda: not is_held(server, first_id))
+            second.send_post(CorePeer.connect_message(second_id), **headers)
+            wait_until(lambda: is_held(server, second_id), "the hold once there is room")
+
+    def test_many_sessions_of_a_browser_are_no_matter_by_default(self, server):
+        """T7"""
+        with Wire(server) as wire:
+            _, cookie = self.handshake(wire)
+            headers = {"Cookie": cookie.partition(";")[0]}
+            wires = [Wire(server) for _ in range(3)]
+            for each in wires:
+                client_id, _ = self.handshake(each, **headers)
+                each.post(CorePeer.connect_message(client_id), **headers)
+                each.send_post(CorePeer.connect_message(client_id), **headers)
+                wait_until(lambda client_id=client_id: is_held(server, client_id))
+            for each in wires:
+                each.close()
+
+    def test_a_bound_session_works_only_with_its_cookie(self, serve):
+        """T7: a stolen clientId is worth nothing."""
+        server = serve(bind_sessions=True)
+        with Wire(server) as wire:
+            client_id, cookie = self.handshake(wire)
+            connect = CorePeer.connect_message(client_id)
+            for headers in ({}, {"Cookie": "BAYEUX_BROWSER=0123456789"}):
+                reply, = wire.post(connect, **headers)
+                assert reply["error"].startswith("402:")
+                assert reply["advice"]["reconnect"] == "handshake"
+            assert wire.post(connect, Cookie=cookie.partition(";")[0])[0]["successful"]
+
+
+# ======================================================================================
+# §10  HTTP transport: addresses
+# ======================================================================================
+
+class TestAddresses:
+
+    def is_admitted(self, server, **headers):
+        with Wire(server) as wire:
+            answer = wire.request("POST", "/cometd", json.dumps([PING]).encode(), **headers)
+            assert answer.status in (200, 503)
+            return answer.status == 200
+
+    def test_exactly_client_max_connections_are_admitted(self, serve):
+        """The original let one too many in.  T5: 503, Retry-After, a Bayeux array."""
+        server = serve(client_max_connections=3)
+        peers = [Peer(server) for _ in range(3)]
+        for peer in peers[:2]:
+            hold_connect(server, peer)
+        assert self.is_admitted(server), "a third"
+        hold_connect(server, peers[2])
+        with Wire(server) as wire:
+            answer = wire.request("POST", "/cometd", json.dumps([PING]).encode())
+            assert answer.status == 503
+            assert int(answer.headers["retry-after"]) > 0
+            assert is_bayeux_failure(answer)
+            assert wire.request("GET", jsonp_target(PING)).status == 503
+            assert wire.request("GET", "/").status == 404, "files are not counted"
+        for peer in peers:
+            peer.close()
+
+    def test_the_count_is_given_back_by_answers_and_by_hang_ups(self, serve):
+        server = serve(client_max_connections=1)
+        with Peer(server) as peer:
+            for _ in range(10):
+                assert self.is_admitted(server)
+                peer.connect(timeout=0)
+                peer.request("POST", "/cometd", b"no JSON")
+            for hang_up in (socket.socket.close, reset):
+                with Peer(server) as other:
+                    hold_connect(server, other)
+                    assert not self.is_admitted(server)
+                    hang_up(other.socket)
+                    wait_until(lambda: self.is_admitted(server), "the return of the count")
+
+    def test_no_limit(self, serve):
+        server = serve(client_max_connections=0)
+        peers = [Peer(server) for _ in range(15)]
+        for peer in peers:
+            hold_connect(server, peer)
+        assert self.is_admitted(server)
+        for peer in peers:
+            peer.close()
+
+    def test_a_forged_x_forwarded_for_is_not_believed(self, serve):
+        """The original did."""
+        server = serve(client_max_connections=1)
+        with Peer(server) as peer:
+            hold_connect(server, peer)
+            assert not self.is_admitted(server, X_Forwarded_For="9.9.9.9")
+
+    def test_a_trusted_proxy_speaks_for_its_clients(self, serve):
+        server = serve(client_max_connections=1, trusted_proxies=["127.0.0.0/8"])
+        with Peer(server) as peer:
+            peer.send_post(CorePeer.connect_message(peer.id), X_Forwarded_For="9.9.9.9")
+            wait_until(lambda: is_held(server, peer.id))
+            assert not self.is_admitted(server, X_Forwarded_For="9.9.9.9")
+            assert not self.is_admitted(server, X_Forwarded_For="8.8.8.8, 9.9.9.9")
+            assert self.is_admitted(server, X_Forwarded_For="8.8.8.8")
+
+    @pytest.mark.parametrize("forwarded, address", [
+        ("9.9.9.9", "9.9.9.9"), ("8.8.8.8, 9.9.9.9", "9.9.9.9"), ("9.9.9.9, 10.1.2.3", "9.9.9.9"),
+        ("8.8.8.8,9.9.9.9,10.1.2.3, 10.4.5.6", "9.9.9.9"), ("10.1.2.3", "10.1.2.3"),
+        (None, "127.0.0.1"), ("", "127.0.0.1"), ("2001:db8::1", "2001:db8::1"), (", ,", "127.0.0.1")])
+    def test_the_address_is_the_last_that_is_no_proxy(self, serve, forwarded, address):
+        server = serve(trusted_proxies=["127.0.0.1", "10.0.0.0/8"])
+        with Wire(server) as wire:
+            headers = {} if forwarded is None else {"X_Forwarded_For": forwarded}
+            reply, = wire.post(HANDSHAKE, **headers)
+            assert server.core.sessions[reply["clientId"]].address == address
+
+
+# ======================================================================================
+# §10  HTTP transport: the application's part in plain HTTP
+# ======================================================================================
+
+class TestContentHandlers:
+
+    def test_what_a_handler_may_return(self, serve):
+        """SEED, ContentHandler: text, bytes or a Response, for its path and all below."""
+        server = serve(content_handlers={
+            "/text": lambda request: "<b>ü</b>", "/bytes": lambda request: b"bytes",
+            "/own": lambda request: bayeux_server.Response("made", 201, {"X-Own": "yes"})})
+        with Wire(server) as wire:
+            answer = wire.request("GET", "/text")
+            assert (answer.status, answer.body.decode()) == (200, "<b>ü</b>")
+            assert answer.headers["content-type"] == "text/html; charset=utf-8"
+            assert wire.request("GET", "/bytes/below").body == b"bytes"
+            answer = wire.request("GET", "/own")
+            assert (answer.status, answer.headers["x-own"], answer.body) == (201, "yes", b"made")
+            assert wire.request("GET", "/textual").status == 404
+            assert wire.request("HEAD", "/text").headers["content-length"] == "9"
+
+    def test_what_a_handler_sees(self, serve):
+        seen = []
+        server = serve(content_handlers={"/form": lambda request: seen.append(request) or b""})
+        with Wire(server) as wire:
+            wire.request("PUT", "/form/%C3%BC?a=b", b"the body", X_Own="yes")
+        request, = seen
+        assert (request.method, request.target) == ("PUT", "/form/%C3%BC?a=b")
+        assert (request.path, request.query) == ("/form/ü", "a=b")
+        assert (request.version, request.headers["x-own"], request.body) == ((1, 1), "yes", b"the body")
+        assert (request.address, request.is_secure) == ("127.0.0.1", False)
+
+    def test_the_longest_prefix_wins(self, serve):
+        server = serve(content_handlers={"/": lambda request: "root", "/a": lambda request: "a",
+                                         "/a/b": lambda request: "a/b"})
+        with Wire(server) as wire:
+            assert [wire.request("GET", path).body for path in ("/x", "/a", "/a/b/c", "/ab")] == [
+                b"root", b"a", b"a/b", b"root"]
+            assert wire.post(PING)[0]["successful"], "the Bayeux path stays ours"
+
+    def fail(self, request):
+        raise RuntimeError("handler")
+
+    @pytest.mark.parametrize("handler", [
+        fail, lambda self, request: None, lambda self, request: 7,
+        lambda self, request: bayeux_server.Response(7)], ids=["raises", "None", "number", "body"])
+    def test_a_handler_that_fails_gets_500_and_a_line_in_the_log(self, serve, errors, handler):
+        server = serve(content_handlers={"/bad": lambda request: handler(self, request)})
+        with bystander(server), Wire(server) as wire:
+            assert wire.request("GET", "/bad").status == 500
+        assert len(errors.take()) == 1
+
+    @pytest.mark.parametrize("status", [204, 304])
+    def test_an_answer_without_a_body(self, serve, status):
+        server = serve(content_handlers={"/none": lambda request: bayeux_server.Response(None, status)})
+        with Wire(server) as wire:
+            assert wire.request("GET", "/none").status == status
+            assert wire.post(PING)[0]["successful"]
+
+    def test_a_header_s_value_cannot_begin_another_header(self, serve):
+        server = serve(content_handlers={"/": lambda request: bayeux_server.Response(
+            headers={"Location": "/\r\nSet-Cookie: a=b"})})
+        with Wire(server) as wire:
+            assert "set-cookie" not in wire.request("GET", "/").headers
+
+
+class TestPostHandle:
+
+    def test_it_may_change_everything(self, serve, tmp_path):
+        """SEED, PostHandle: status, headers and body, of files, errors and content handlers."""
+        (tmp_path / "file.txt").write_text("file")
+        seen = []
+
+        def post_handle(request, response):
+            seen.append((request.path, response.status))
+            response.status = 418
+            response.headers["X-Own"] = "yes"
+            response.headers.pop("Content-type", None)
+            response.body = f"instead of {request.path}"
+
+        server = serve(docroot=str(tmp_path), content_handlers={"/handler": lambda request: "text"},
+                       post_handle=post_handle)
+        with Wire(server) as wire:
+            for path in ("/file.txt", "/missing", "/handler"):
+                answer = wire.request("GET", path)
+                assert (answer.status, answer.headers["x-own"]) == (418, "yes")
+                assert answer.body.decode() == f"instead of {path}"
+            assert wire.post(PING)[0]["successful"], "Bayeux is not concerned"
+        assert seen == [("/file.txt", 200), ("/missing", 404), ("/handler", 200)]
+
+    def test_it_may_leave_everything(self, serve, tmp_path):
+        (tmp_path / "file.txt").write_text("file")
+        with Wire(serve(docroot=str(tmp_path), post_handle=lambda request, response: None)) as wire:
+            assert wire.request("GET", "/file.txt").body == b"file"
+
+    @pytest.mark.parametrize("body", [bytearray(b"text"), "raise"], ids=["bytearray", "raises"])
+    def test_one_that_fails_harms_only_its_answer(self, serve, errors, body):
+        def post_handle(request, response):
+            if body == "raise":
+                raise RuntimeError("post_handle")
+            response.body = body
+
+        server = serve(content_handlers={"/": lambda request: b""}, post_handle=post_handle)
+        with bystander(server), Wire(server) as wire:
+            answer = wire.request("GET", "/")
+            assert answer.status == 500 or answer.body == body
+        assert len(errors.take()) <= 1
+
+
+# ======================================================================================
+# §10  HTTP transport: files
+# ======================================================================================
+
+@pytest.fixture
+def site(tmp_path):
+    """A folder of files, and beside it what nobody may read."""
+    root = tmp_path / "root"
+    (root / "folder").mkdir(parents=True)
+    (root / "bare").mkdir()
+    (root / "index.html").write_text("<p>index")
+    (root / "digits.txt").write_text("0123456789")
+    (root / "folder" / "default.html").write_text("default")
+    (root / "a b ü.txt").write_text("spaces")
+    (root / ".hidden").write_text("secret")
+    (root / ".git").mkdir()
+    (root / ".git" / "config").write_text("secret")
+    (root / "bare" / "file").write_text("secret of the listing")
+    (tmp_path / "secret.txt").write_text("secret")
+    (root / "inside.txt").symlink_to(root / "digits.txt")
+    (root / "outside.txt").symlink_to(tmp_path / "secret.txt")
+    (root / "outside").symlink_to(tmp_path)
+    (root / "trap").mkdir()
+    (root / "trap" / "index.html").symlink_to(tmp_path / "secret.txt")
+    os.mkfifo(root / "pipe")
+    return root
+
+
+@pytest.fixture
+def get(serve, site):
+    """get(target, **headers): the answer of a server of that folder."""
+    server = serve(docroot=str(site))
+
+    def get(target, method="GET", **headers):
+        with Wire(server) as wire:
+            answer = wire.request(method, target, **headers)
+            assert wire.post(PING)[0]["successful"], "the connection is good for the next request"
+            return answer
+    get.server = server
+    return get
+
+
+class TestFiles:
+
+    def test_a_file(self, get):
+        answer = get("/digits.txt?query")
+        assert (answer.status, answer.body) == (200, b"0123456789")
+        assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert get("/a%20b%20%C3%BC.txt").body == b"spaces"
+
+    def test_head(self, get):
+        answer = get("/digits.txt", "HEAD")
+        assert (answer.status, answer.headers["content-length"], answer.body) == (200, "10", b"")
+        assert get("/missing", "HEAD").status == 404
+
+    def test_other_methods(self, get):
+        answer = get("/digits.txt", "POST")
+        assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD, OPTIONS")
+        answer = get("/digits.txt", "OPTIONS")
+        assert (answer.status, answer.headers["allow"]) == (204, "GET, HEAD, OPTIONS")
+
+    @pytest.mark.parametrize("name, mime_type", [
+        ("x.html", "text/html; charset=utf-8"), ("x.js", "text/javascript; charset=utf-8"),
+        ("x.mjs", "text/javascript; charset=utf-8"), ("x.css", "text/css; charset=utf-8"),
+        ("x.json", "application/json"), ("x.svg", "image/svg+xml"), ("x.wasm", "application/wasm"),
+        ("x.png", "image/png"), ("X.HTML", "text/html; charset=utf-8"),
+        ("x", "application/octet-stream"), ("x.unheard-of", "application/octet-stream")])
+    def test_types(self, get, site, name, mime_type):
+        (site / name).write_bytes(b"x")
+        assert get("/" + name).headers["content-type"] == mime_type
+
+    def test_the_index(self, get):
+        answer = get("/")
+        assert (answer.status, answer.body) == (200, b"<p>index")
+        assert answer.headers["content-type"] == "text/html; charset=utf-8"
+
+    def test_directory_index_is_tried_in_order(self, serve, site):
+        """SEED, DirectoryIndex"""
+        with Wire(serve(docroot=str(site), directory_index=["start.html", "default.html", "index.html"])) as wire:
+            assert wire.request("GET", "/folder/").body == b"default"
+            assert wire.request("GET", "/").body == b"<p>index"
+            (site / "start.html").write_text("start")
+            assert wire.request("GET", "/").body == b"start"
+
+    def test_a_folder_without_a_slash_is_redirected(self, get):
+        answer = get("/folder?query")
+        assert (answer.status, answer.headers["location"]) == (301, "/folder/?query")
+
+    @pytest.mark.parametrize("target", ["//elsewhere.example/..", "//folder", "/%2ffolder", "/%5cfolder", "///"])
+    def test_a_redirect_never_leads_elsewhere(self, get, target):
+        answer = get(target)
+        assert answer.status in (400, 404)
+        assert "location" not in answer.headers
+
+    def test_type_expires(self, serve, site):
+        """SEED, TypeExpires: Expires, and Cache-Control: max-age."""
+        with Wire(serve(docroot=str(site), type_expires={"text/plain": 3600})) as wire:
+            headers = wire.request("GET", "/digits.txt").headers
+            assert headers["cache-control"] == "max-age=3600"
+            expires, date = (email.utils.parsedate_to_datetime(headers[name]) for name in ("expires", "date"))
+            assert abs((expires - date).total_seconds() - 3600) < PATIENCE
+            assert "expires" not in wire.request("GET", "/").headers
+
+    FORBIDDEN = (
+        "/../secret.txt", "/folder/../../secret.txt", "/..", "/../", "/.", "/./digits.txt", "/folder/../digits.txt",
+        "/%2e%2e/secret.txt", "/%2E%2E%2Fsecret.txt", "/..%2fsecret.txt", "/..%5csecret.txt", "/%252e%252e/secret.txt",
+        "/%252e%252e%252fsecret.txt", "/..\\secret.txt", "/folder\\..\\..\\secret.txt", "/%c0%ae%c0%ae/secret.txt",
+        "/digits.txt%00", "/%00", "/digits.txt%00.html", "/%ED%A0%80", "/%ff", "/%", "/%zz", "/digits.txt/",
+        "/digits.txt/x", "/" + "x" * 5000, "/" + "x/" * 2000, "/.hidden", "/%2ehidden", "/.git/config", "/folder/.x",
+        "/outside.txt", "/outside/secret.txt", "/outside/", "/outside", "/trap/", "/bare/", "/pipe", "/missing", "*")
+
+    def test_what_must_not_be_read_is_not_found(self, get):
+        """No .., tricks, NUL, dot-files, listings, links out of the root; and no waiting for a pipe's writer."""
+        for target in self.FORBIDDEN:
+            with bystander(get.server):
+                answer = get(target)
+                assert answer.status == 404, target
+                assert b"secret" not in answer.body, target
+                assert str(get.server.options.docroot).encode() not in answer.body, target
+
+    @pytest.mark.parametrize("target", ["/#x", "/bare/#x", "/bare/#", "/trap/#x", "/trap/#/", "/bare/?#", "/bare#/"])
+    def test_a_fragment_opens_nothing(self, get, target):
+        """http.server cuts it off, behind the back of whoever has looked at the path."""
+        answer = get_raw(get.server, target)
+        assert answer.status in (400, 404)
+        assert b"secret" not in answer.body and b"digits" not in answer.body
+
+    def test_a_link_inside_of_the_root_is_followed(self, get):
+        assert get("/inside.txt").body == b"0123456789"
+
+    def test_the_root_itself_may_be_a_link(self, serve, site, tmp_path):
+        (tmp_path / "link").symlink_to(site)
+        with Wire(serve(docroot=str(tmp_path / "link"))) as wire:
+            assert wire.request("GET", "/digits.txt").status == 200
+            assert wire.request("GET", "/outside.txt").status == 404
+
+    def test_a_conditional_get(self, get):
+        date = get("/digits.txt").headers["last-modified"]
+        answer = get("/digits.txt", If_Modified_Since=date)
+        assert (answer.status, answer.body) == (304, b"")
+        for other in ("Thu, 01 Jan 1970 00:00:00 GMT", "nonsense", "", "Thu, 99 Jan 99999 00:00:00 GMT"):
+            assert get("/digits.txt", If_Modified_Since=other).status == 200
+
+    @pytest.mark.parametrize("asked, content, content_range", [
+        ("bytes=2-4", b"234", "bytes 2-4/10"), ("bytes=0-0", b"0", "bytes 0-0/10"),
+        ("bytes=7-", b"789", "bytes 7-9/10"),
+        ("bytes=-3", b"789", "bytes 7-9/10"), ("bytes=-99", b"0123456789", "bytes 0-9/10"),
+        ("bytes=8-99", b"89", "bytes 8-9/10")])
+    def test_a_range(self, get, asked, content, content_range):
+        answer = get("/digits.txt", Range=asked)
+        assert (answer.status, answer.body, answer.headers["content-range"]) == (206, content, content_range)
+
+    @pytest.mark.parametrize("asked", ["bytes=10-", "bytes=99-100", "bytes=-0"])
+    def test_a_range_outside_of_the_file(self, get, asked):
+        answer = get("/digits.txt", Range=asked)
+        assert (answer.status, answer.headers["content-range"]) == (416, "bytes */10")
+
+    @pytest.mark.parametrize("asked", ["bytes=0-1,4-5", "bytes=", "bytes=-", "bytes=a-b", "lines=1-2", "bytes=5-2",
+                                       "bytes=1-" + "9" * 5000, "bytes=--1", ""], ids=lambda asked: asked[:20])
+    def test_ranges_that_mean_nothing_here_are_ignored(self, get, asked):
+        """RFC 9110: also one whose end is before its beginning.  Several ranges: the whole file is a valid answer."""
+        answer = get("/digits.txt", Range=asked)
+        if asked.endswith("9999"):
+            assert answer.status in (200, 206, 416)
+        else:
+            assert (answer.status, answer.body) == (200, b"0123456789")
+
+    def test_a_range_is_for_get_only(self, get):
+        """RFC 9110, "Range": a server MUST ignore it with other methods."""
+        answer = get("/digits.txt", "HEAD", Range="bytes=2-4")
+        assert (answer.status, answer.headers["content-length"]) == (200, "10")
+
+    def test_if_range(self, get):
+        date = get("/digits.txt").headers["last-modified"]
+        assert get("/digits.txt", Range="bytes=2-4", If_Range=date).body == b"234"
+        assert get("/digits.txt", Range="bytes=2-4", If_Range="Thu, 01 Jan 1970 00:00:00 GMT").body == b"0123456789"
+        assert get("/digits.txt", Range="bytes=2-4", If_Range='"etag"').body == b"0123456789"
+
+    def test_an_empty_file(self, get, site):
+        (site / "empty.txt").write_bytes(b"")
+        answer = get("/empty.txt")
+        assert (answer.status, answer.headers["content-length"]) == (200, "0")
+
+    def test_a_big_file_goes_to_a_slow_reader_whole(self, serve, site):
+        """It is read as it is sent; meanwhile others are served."""
+        size = 20_000_000
+        content = bytes(range(256)) * (size // 256)
+        (site / "big.bin").write_bytes(content)
+        server = serve(docroot=str(site))
+        with Wire(server) as wire, bystander(server):
+            wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            wire.send_request("GET", "/big.bin")
+            wait_until(lambda: has_unsent_output(server), "output that waits")
+            with bystander(server):
+                pass
+            received = bytearray()
+            while b"\r\n\r\n" not in received or len(received) < received.index(b"\r\n\r\n") + 4 + len(content):
+                received += wire.socket.recv(1_000_000)
+            assert received[received.index(b"\r\n\r\n") + 4:] == content
+            assert wire.post(PING)[0]["successful"]
+
+    def test_a_fast_reader_of_a_big_file_does_not_keep_the_server_to_itself(self, serve, site):
+        """Its reader is always ready; the others get their turn all the same."""
+        with open(site / "huge.bin", "wb") as file:
+            file.truncate(1 << 40)
+        server = serve(docroot=str(site))
+        with Wire(server) as wire, Wire(server) as other:
+            wire.send_request("GET", "/huge.bin")
+            is_served = threading.Event()
+
+            def devour():
+                buffer = bytearray(1 << 20)
+                while not is_served.is_set():
+                    wire.socket.recv_into(buffer)
+
+            reader = threading.Thread(target=devour)
+            reader.start()
+            try:
+                for _ in range(20):
+                    assert other.post(PING)[0]["successful"]
+            finally:
+                is_served.set()
+                reader.join()
+
+    def test_a_file_that_shrinks_ends_its_connection_only(self, serve, site):
+        (site / "shrinks.bin").write_bytes(b"x" * 20_000_000)
+        server = serve(docroot=str(site))
+        with Wire(server) as wire, bystander(server):
+            wire.send_request("GET", "/shrinks.bin")
+            wait_until(lambda: has_unsent_output(server), "output that waits")
+            os.truncate(site / "shrinks.bin", 10)
+            while wire.socket.recv(1_000_000):
+                pass
+
+    def test_without_a_root_there_are_no_files(self, server):
+        with Wire(server) as wire:
+            assert wire.request("GET", "/bayeux_server.py").status == 404
+
+
+def get_raw(server, target):
+    """A GET whose connection may be closed after it."""
+    with Wire(server) as wire:
+        return wire.request("GET", target)
+
+
+# ======================================================================================
+# §11  The server
+# ======================================================================================
+
+def threads_of_servers():
+    return {thread for thread in threading.enumerate() if thread.name.startswith("bayeux")}
+
+
+def wait_for_hold(server, peer):
+    wait_until(lambda: server.core.sessions[peer.id].hold is not None, "the held connect")
+
+
+def http_get(url, tls=None):
+    """Status, headers and body of a plain GET."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme == "https":
+        connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=PATIENCE, context=tls)
+    else:
+        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=PATIENCE)
+    try:
+        connection.request("GET", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
+        response = connection.getresponse()
+        return response.status, response.headers, response.read()
+    finally:
+        connection.close()
+
+
+class TestServer:
+    """§11: BayeuxServer, made, started and used from Python."""
+
+    @pytest.fixture(autouse=True)
+    def restore_level(self):
+        """debug and log_file set the logger's level, which is one for the process."""
+        level = logging.getLogger("bayeux_server").level
+        yield
+        logging.getLogger("bayeux_server").setLevel(level)
+
+    def test_port_0_takes_a_free_port_and_tells_it(self, server):
+        assert server.port != 0 and server.host == "127.0.0.1"
+        assert server.url == f"http://127.0.0.1:{server.port}/cometd"
+        with Peer(server) as peer:
+            assert peer.id
+
+    def test_the_url_has_the_path_of_the_options(self, serve):
+        assert serve(path="/a/b").url.endswith("/a/b")
+
+    def test_the_url_of_a_server_on_every_address_can_be_opened(self, serve):
+        server = serve(host="0.0.0.0")
+        assert server.url == f"http://127.0.0.1:{server.port}/cometd"
+        assert http_get(server.url)[0] == 400
+
+    def test_ipv6(self, serve):
+        try:
+            server = serve(host="::1")
+        except OSError as error:
+            if not os.environ.get("CI"):
+                pytest.skip(f"no IPv6 here: {error}")
+            raise
+        assert server.url == f"http://[::1]:{server.port}/cometd"
+        status, _, body = http_get(server.url + "?message=[]")
+        assert status == 400 and b"The batch holds no message" in body
+
+    def test_a_with_block_starts_and_stops_it(self):
+        before = threads_of_servers()
+        with BayeuxServer(port=0) as server:
+            assert isinstance(server, BayeuxServer)
+            with Peer(server) as peer:
+                peer.subscribe("/a")
+                peer.send_connect()
+                server.publish("/a", "event")
+                assert [message["channel"] for message in peer.read_answer().batch] == ["/meta/connect", "/a"]
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", server.port), PATIENCE)
+        wait_until(lambda: threads_of_servers() <= before, "the end of its threads")
+
+    def test_a_with_block_stops_it_after_an_exception(self):
+        with pytest.raises(KeyError), BayeuxServer(port=0) as server:
+            raise KeyError
+        with pytest.raises(RuntimeError):
+            server.start()
+
+    def test_starting_twice_is_starting_once(self, server):
+        before = threads_of_servers()
+        assert server.start() is server
+        assert threads_of_servers() == before
+
+    def test_stopping_twice_is_stopping_once(self, server):
+        server.shutdown()
+        server.shutdown()
+
+    def test_a_server_that_was_stopped_does_not_start_again(self, server):
+        server.shutdown()
+        with pytest.raises(RuntimeError, match="shut down; make another"):
+            server.start()
+
+    def test_a_server_that_was_never_started_can_be_stopped(self):
+        server = BayeuxServer(port=0)
+        server.shutdown()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", server.port), PATIENCE)
+
+    def test_serve_forever_is_ended_from_another_thread(self):
+        server = BayeuxServer(port=0)
+        serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        serving.start()
+        with Peer(server):
+            assert serving.is_alive()
+        server.shutdown()
+        serving.join(PATIENCE)
+        assert not serving.is_alive()
+
+    def test_a_port_in_use_is_an_os_error_and_leaves_nothing_behind(self, server, tmp_path):
+        logger = logging.getLogger("bayeux_server")
+        handlers, live = list(logger.handlers), set(bayeux_server.live_servers)
+        with pytest.raises(OSError):
+            BayeuxServer(port=server.port, log_file=str(tmp_path / "log"))
+        assert logger.handlers == handlers and set(bayeux_server.live_servers) == live
+
+    def test_two_servers_in_one_process_have_nothing_in_common(self, serve):
+        heard = []
+        first, second = serve(alias="first"), serve(alias="second", callback=lambda *event: heard.append(event))
+        with Peer(first) as peer, Peer(second) as other:
+            heard.clear()
+            peer.subscribe("/a")
+            other.subscribe("/a")
+            other.send_connect()
+            first.publish("/a", "of the first")
+            second.publish("/a", "of the second")
+            assert [message.get("data") for message in other.read_answer().batch] == [None, "of the second"]
+            assert [message.get("data") for message in peer.connect()] == [None, "of the first"]
+            stranger, = other.side.post({"channel": "/meta/connect", "clientId": peer.id,
+                                         "connectionType": "long-polling"})
+            assert stranger["error"].startswith("402:")
+        first.shutdown()
+        with Peer(second):
+            pass
+
+    def test_an_alias_finds_the_server(self, serve):
+        """The original's Alias: in-process code names the server, or passes it."""
+        server = serve(alias="chat")
+        serve(alias="news")
+        heard = threading.Event()
+        LocalClient("chat", "listener").subscribe("/a", lambda message: heard.set())
+        server.publish("/a", 1)
+        assert heard.wait(PATIENCE)
+
+    def test_an_alias_of_no_server_says_so(self, serve):
+        serve(alias="chat").shutdown()
+        with pytest.raises(ValueError, match="no server in this process has the alias 'chat'"):
+            LocalClient("chat")
+
+    def test_an_alias_of_two_servers_says_so(self, serve):
+        first, second = serve(alias="twins"), serve(alias="twins")
+        with pytest.raises(ValueError, match="more than one server .* has the alias 'twins'; pass the server itself"):
+            LocalClient("twins")
+        LocalClient(second, "bot").close()
+        first.shutdown()
+        LocalClient("twins", "bot").close()
+
+    def test_a_server_is_live_until_it_is_stopped(self):
+        server = BayeuxServer(port=0)
+        assert server in bayeux_server.live_servers
+        server.shutdown()
+        assert server not in bayeux_server.live_servers
+
+    def test_a_stopped_server_takes_no_local_client(self, server):
+        server.shutdown()
+        with pytest.raises(ValueError, match="stopped"):
+            LocalClient(server)
+
+    def test_log_file(self, serve, tmp_path, errors):
+        """The original's LogFile: refusals and failures, a line each."""
+        log_file = tmp_path / "log"
+        server = serve(log_file=str(log_file))
+        with Peer(server) as peer:
+            assert not peer.ask("/meta/subscribe", subscription="/*/demo")["successful"]
+        server.shutdown()
+        assert re.search(r"^\d{4}-\d\d-\d\d .* INFO refused '/meta/subscribe' from 127.0.0.1: 405:",
+                         log_file.read_text("utf-8"), re.MULTILINE)
+        size = log_file.stat().st_size
+        server.logger.error("after the end")
+        assert log_file.stat().st_size == size and errors.take() == ["after the end"]
+
+    def test_debug_logs_more(self, serve, tmp_path):
+        """The original's Debug."""
+        sizes = {}
+        for debug in (False, True):
+            server = serve(debug=debug, log_file=str(tmp_path / f"log of {debug}"))
+            with Peer(server) as peer:
+                peer.publish("/a", "event")
+            server.shutdown()
+            sizes[debug] = (tmp_path / f"log of {debug}").stat().st_size
+        assert sizes[True] > sizes[False]
+
+    def test_the_service_decorator_returns_its_function(self, server):
+        def add(message):
+            return {"data": sum(message["data"])}
+
+        assert server.service("add")(add) is add
+        with Peer(server) as peer:
+            assert peer.ask("/service/add", data=[1, 2, 39], id="7") == {
+                "channel": "/service/add", "successful": True, "id": "7", "data": 42}
+
+    def test_listeners_hear_of_all_six_events_in_order(self, serve):
+        """The original's Callback, as an option and as a listener added later."""
+        first, second = [], []
+        server = serve(callback=lambda *event: first.append(event))
+        server.add_listener(lambda *event: second.append(event))
+        with Peer(server) as peer:
+            peer.subscribe("/a")
+            assert peer.ask("/a", data={"n": 1}, id="3", ext={"x": 1})["successful"]
+            server.client_push(peer.id, "/private", {"for": "you"}, extra=1)
+            assert peer.ask("/meta/unsubscribe", subscription="/a")["successful"]
+            local = LocalClient(server, "local")
+            local.close()
+            assert peer.ask("/meta/disconnect")["successful"]
+            wait_until(lambda: len(second) == 8, "the eighth event")
+        assert first == second
+        assert first == [
+            ("client_connect", {"client_id": peer.id, "ip": "127.0.0.1"}),
+            ("subscribe", {"client_id": peer.id, "channel": "/a"}),
+            ("publish", {"channel": "/a", "data": {"n": 1}, "client_id": peer.id, "id": "3", "ext": {"x": 1}}),
+            ("client_push", {"client_id": peer.id, "channel": "/private", "data": {"for": "you"}, "extra": 1}),
+            ("unsubscribe", {"client_id": peer.id, "channel": "/a"}),
+            ("client_connect", {"client_id": "local", "session": local}),
+            ("client_disconnect", {"client_id": "local", "reason": "asked"}),
+            ("client_disconnect", {"client_id": peer.id, "reason": "asked"}),
+        ]
+
+    def test_a_listener_that_fails_is_logged_and_harms_nobody(self, serve, errors):
+        heard = []
+        server = serve(callback=lambda *event: 1 / 0)
+        server.add_listener(lambda *event: heard.append(event))
+        with Peer(server) as peer:
+            wait_until(lambda: heard, "the second listener's event")
+            peer.publish("/a", 1)
+            wait_until(lambda: len(heard) == 2, "its next event")
+        server.shutdown()
+        taken = errors.take()
+        assert len(taken) >= 2 and all("a listener failed on" in record for record in taken)
+
+    def test_calls_for_any_client(self, server):
+        """The original's states: subscribe, unsubscribe, publish, client_push for a client that is named."""
+        with Peer(server) as peer:
+            server.subscribe("/a/*", peer.id)
+            server.publish("/a/b", None, client_id="somebody", id="5", ext={"x": 1})
+            server.client_push(peer.id, "/private", [1], more=True)
+            assert peer.connect()[1:] == [{"channel": "/a/b", "data": None, "ext": {"x": 1}},
+                                          {"channel": "/private", "data": [1], "more": True}]
+            server.unsubscribe("/a/*", peer.id)
+            server.publish("/a/b", "unheard")
+            assert peer.connect(timeout=0)[1:] == []
+
+    @pytest.mark.parametrize(("call", "code"), [
+        (lambda server: server.subscribe("/a", "nobody"), 402),
+        (lambda server: server.unsubscribe("/a", "nobody"), 402),
+        (lambda server: server.client_push("nobody", "/a", 1), 402), (lambda server: server.publish("/a/*", 1), 405),
+        (lambda server: server.publish("/meta/connect", 1), 403), (lambda server: server.publish("/service/a", 1), 403),
+        (lambda server: server.client_push("nobody", "/meta/connect", 1), 405),
+        (lambda server: server.subscribe("/*/a", "nobody"), 405)])
+    def test_a_call_that_cannot_be_raises_with_a_code(self, server, call, code):
+        with pytest.raises(bayeux_server.BayeuxError) as refusal:
+            call(server)
+        assert refusal.value.code == code
+
+    def test_data_that_json_cannot_hold_is_the_publishers_fault(self, server):
+        with pytest.raises(TypeError):
+            server.publish("/a", object())
+        with pytest.raises(ValueError):
+            server.publish("/a", float("nan"))
+
+
+class TestStopping:
+    """§11: no new requests, every held connect answered, local clients told, the port free, within `grace`."""
+
+    def test_every_held_connect_is_told_to_come_back_each_at_its_own_time(self, server):
+        peers = [Peer(server) for _ in range(20)]
+        for peer in peers:
+            peer.send_connect(id="held")
+        wait_until(lambda: sum(session.hold is not None for session in list(server.core.sessions.values())) == 20,
+                   "twenty held connects")
+        server.shutdown()
+        intervals = set()
+        for peer in peers:
+            answer = peer.read_answer()
+            reply, = answer.batch
+            assert answer.status == 200 and answer.headers["connection"] == "close"
+            assert reply["channel"] == "/meta/connect" and reply["successful"] and reply["id"] == "held"
+            assert reply["advice"]["reconnect"] in ("retry", "handshake")
+            intervals.add(reply["advice"]["interval"])
+            assert peer.is_closed_by_server()
+            peer.close()
+        assert all(isinstance(interval, int) and interval >= 0 for interval in intervals) and len(intervals) > 1
+
+    def test_events_published_before_the_end_leave_with_the_last_reply(self, core):
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        held = core.hold(client_id)
+        core.core.publish("/a", "The server goes down")
+        core.core.stop()
+        core.work()
+        connect, *events = held.answer
+        assert connect["successful"] and connect["advice"]["reconnect"] in ("retry", "handshake")
+        assert events == [{"channel": "/a", "data": "The server goes down"}]
+
+    def test_local_clients_are_told(self, server):
+        told = []
+        for name in ("one", "two"):
+            LocalClient(server, name, on_end=lambda reason, name=name: told.append((name, reason)))
+        server.shutdown()
+        assert sorted(told) == [("one", "server shutdown"), ("two", "server shutdown")]
+
+    def test_local_clients_get_what_was_published_before_the_end(self, server):
+        heard = []
+        client = LocalClient(server, "last", on_end=heard.append)
+        client.subscribe("/a", lambda message: heard.append(message["data"]))
+        for number in range(100):
+            server.publish("/a", number)
+        server.shutdown()
+        assert heard == [*range(100), "server shutdown"]
+
+    def test_listeners_are_told(self, serve):
+        heard = []
+        server = serve(callback=lambda *event: heard.append(event))
+        with Peer(server) as peer:
+            server.shutdown()
+        assert heard[-1] == ("client_disconnect", {"client_id": peer.id, "reason": "server shutdown"})
+
+    def test_the_port_is_free_at_once_and_clients_carry_on_there(self, server, serve):
+        """A client that comes back to another server on the same port is told to handshake again: C1."""
+        peer = Peer(server)
+        peer.send_connect()
+        wait_for_hold(server, peer)
+        server.shutdown()
+        successor = serve(port=server.port)
+        assert successor.port == server.port
+        assert peer.read_answer().batch[0]["successful"]
+        with Wire(successor) as wire:
+            reply, = wire.post(CorePeer.connect_message(peer.id))
+            assert reply["error"].startswith("402:") and reply["advice"] == {"reconnect": "handshake", "interval": 0}
+        peer.close()
+
+    @contextmanager
+    def stopping_server(self, serve, **options):
+        """A server whose stopping waits for a service; yields it with a connection from before and an Event."""
+        is_called, may_return = threading.Event(), threading.Event()
+
+        def wait(message):
+            is_called.set()
+            assert may_return.wait(PATIENCE)
+
+        server = serve(services={"wait": wait}, grace=PATIENCE, **options)
+        with Peer(server) as peer, Wire(server) as idle:
+            idle.post({"channel": "/meta/ping"})
+            peer.side.send_post({"channel": "/service/wait", "clientId": peer.id, "id": "slow"})
+            assert is_called.wait(PATIENCE)
+            stopping = threading.Thread(target=server.shutdown)
+            stopping.start()
+            try:
+                wait_until(lambda: server.core.stopping, "the beginning of the stop")
+                yield server, peer, idle, may_return
+            finally:
+                may_return.set()
+                stopping.join(PATIENCE)
+                assert not stopping.is_alive()
+
+    def test_new_requests_are_refused_with_503(self, serve):
+        with self.stopping_server(serve) as (server, _, idle, _):
+            idle.send_post({"channel": "/meta/handshake", "version": "1.0"})
+            answer = idle.read_answer()
+            assert answer.status == 503 and int(answer.headers["retry-after"]) > 0
+            assert answer.batch[0]["successful"] is False and answer.batch[0]["error"].startswith("503:")
+            wait_until(lambda: not self.can_connect(server), "the end of listening")
+
+    @staticmethod
+    def can_connect(server):
+        try:
+            socket.create_connection(("127.0.0.1", server.port), PATIENCE).close()
+        except ConnectionRefusedError:
+            return False
+        return True
+
+    def test_a_request_in_hand_is_finished(self, serve):
+        with self.stopping_server(serve) as (_, peer, _, may_return):
+            may_return.set()
+            reply, = peer.side.read_answer().batch
+            assert reply["successful"] and reply["id"] == "slow"
+
+    def test_a_stuck_service_does_not_hold_up_the_end(self, serve, errors):
+        """Within `grace`; only the thread that is stuck outlives the server."""
+        before = threads_of_servers()
+        is_called, may_return = threading.Event(), threading.Event()
+
+        def stick(message):
+            is_called.set()
+            may_return.wait(PATIENCE)
+
+        server = serve(services={"stick": stick}, grace=0.2)
+        with Peer(server) as peer:
+            peer.send_connect()
+            wait_for_hold(server, peer)
+            peer.side.send_post({"channel": "/service/stick", "clientId": peer.id})
+            assert is_called.wait(PATIENCE)
+            stopping = threading.Thread(target=server.shutdown)
+            stopping.start()
+            stopping.join(PATIENCE / 2)
+            assert not stopping.is_alive() and not may_return.is_set()
+            assert peer.read_answer().batch[0]["successful"]
+            wait_until(lambda: len(threads_of_servers() - before) <= 1, "the end of all threads but the stuck one")
+            may_return.set()
+            wait_until(lambda: threads_of_servers() <= before, "the end of the stuck one")
+
+    def test_a_callback_in_hand_is_waited_for(self, server):
+        is_called, may_return, heard = threading.Event(), threading.Event(), []
+
+        def callback(message):
+            is_called.set()
+            assert may_return.wait(PATIENCE)
+            heard.append(message["data"])
+
+        LocalClient(server, "slow").subscribe("/a", callback)
+        server.publish("/a", 1)
+        assert is_called.wait(PATIENCE)
+        stopping = threading.Thread(target=server.shutdown)
+        stopping.start()
+        stopping.join(0.1)
+        assert stopping.is_alive()
+        may_return.set()
+        stopping.join(PATIENCE)
+        assert not stopping.is_alive() and heard == [1]
+
+    def test_a_stuck_callback_does_not_hold_up_the_end(self, serve):
+        may_return, is_called = threading.Event(), threading.Event()
+        server = serve(grace=0.2)
+        client = LocalClient(server, "stuck")
+        client.subscribe("/a", lambda message: (is_called.set(), may_return.wait(PATIENCE)))
+        server.publish("/a", 1)
+        assert is_called.wait(PATIENCE)
+        stopping = threading.Thread(target=server.shutdown)
+        stopping.start()
+        stopping.join(PATIENCE / 2)
+        assert not stopping.is_alive()
+        may_return.set()
+
+    def test_nothing_is_left(self, serve):
+        """No thread, no socket, no selector."""
+        before, files = threads_of_servers(), self.open_files()
+        server = serve()
+        LocalClient(server, "local").subscribe("/a", lambda message: None)
+        with Peer(server) as peer, Wire(server) as half:
+            peer.subscribe("/a")
+            peer.send_connect()
+            half.send("POST /cometd HTTP/1.1\r\nHost:")
+            server.publish("/a", 1)
+            assert len(peer.read_answer().batch) == 2
+            server.shutdown()
+            assert half.is_closed_by_server()
+        wait_until(lambda: threads_of_servers() <= before, "the end of its threads")
+        assert self.open_files() <= files
+
+    def test_nothing_is_left_of_a_server_that_never_started(self):
+        files = self.open_files()
+        BayeuxServer(port=0).shutdown()
+        assert self.open_files() <= files
+
+    @staticmethod
+    def open_files():
+        return len(os.listdir("/dev/fd")) if os.path.isdir("/dev/fd") else 0
+
+
+# ======================================================================================
+# §12  Command line
+# ======================================================================================
+
+class Program:
+    """The program, run as a user runs it, on a free port; what it says, and how it ends."""
+
+    def __init__(self, *arguments, command=None, folder=HERE):
+        command = command or [sys.executable, str(HERE / "bayeux_server.py"), "--port", "0", *arguments]
+        self.process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        stdin=subprocess.DEVNULL, encoding="utf-8")
+        self.text = self.errors = ""
+        for line in self.process.stdout:
+            self.text += line
+            if line.startswith("Ctrl-C"):
+                break
+        match = re.search(r"(https?)://127\.0\.0\.1:(\d+)(/\S*)  \(", self.text)
+        assert match, (self.text, self.process.communicate(timeout=PATIENCE))
+        self.scheme, self.port, path = match[1], int(match[2]), match[3]
+        self.root = f"{self.scheme}://127.0.0.1:{self.port}"
+        self.options = bayeux_server.Options(path=path)     # where a Peer looks for the path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *exception):
+        if self.process.returncode is None:
+            self.stop()
+        assert kind is not None or "Traceback" not in self.errors, self.errors
+
+    def stop(self, number=signal.SIGTERM):
+        """Signal it, and wait; its exit status."""
+        self.process.send_signal(number)
+        try:
+            _, self.errors = self.process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            _, self.errors = self.process.communicate()
+        return self.process.returncode
+
+
+def run_program(*arguments):
+    """Run the program to its end."""
+    return subprocess.run([sys.executable, str(HERE / "bayeux_server.py"), *arguments], cwd=HERE, check=False,
+                          stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def program():
+    """One run for all tests that only look."""
+    with Program() as program:
+        yield program
+
+
+@pytest.fixture
+def exit_of_main(capsys, monkeypatch):
+    """Calls main() where it must end before it serves: exit status and stderr of exit_of_main('--flag', ...)."""
+    def start(server):
+        server.shutdown()
+        raise AssertionError("the server started")
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as ending:
+            bayeux_server.main(list(arguments))
+        return ending.value.code, capsys.readouterr().err
+
+    monkeypatch.setattr(BayeuxServer, "start", start)
+    return call
+
+
+class TestCommandLine:
+    """§12: what a user types, and reads."""
+
+    def test_version(self, capsys):
+        with pytest.raises(SystemExit) as ending:
+            bayeux_server.main(["--version"])
+        assert ending.value.code == 0
+        assert capsys.readouterr().out == f"bayeux_server {bayeux_server.__version__} (Bayeux 1.0)\n"
+
+    def test_help_mentions_every_flag(self):
+        run = run_program("--help")
+        assert run.returncode == 0 and run.stderr == ""
+        flags = {flag for action in bayeux_server.make_parser()._actions for flag in action.option_strings}
+        assert len(flags) > 30 and all(re.search(f"^  .*{flag}\\b", run.stdout, re.MULTILINE) for flag in flags)
+        assert "python bayeux_server.py --port 8080 --docroot ." in run.stdout
+
+    def test_every_option_that_can_be_typed_is_a_flag(self):
+        typed = {action.dest for action in bayeux_server.make_parser()._actions}
+        assert set(option_fields()) - typed == {"tls_context", "extensions", "services", "message_acl", "callback",
+                                         "content_handlers", "post_handle"}
+
+    @pytest.mark.parametrize(("flag", "value", "allowed"), [
+        ("--port", "70000", "0 to 65535"), ("--port", "http", "0 to 65535"), ("--path", "cometd", "absolute path"),
+        ("--docroot", "/no such folder", "folder that exists"), ("--type-expires", "image/png", "image/png=3600"),
+        ("--type-expires", "png=1", "image/png=3600"), ("--timeout", "-1", "seconds, 0 or more"),
+        ("--timeout", "soon", "seconds, 0 or more"), ("--timeout", "nan", "seconds, 0 or more"),
+        ("--max-queue", "0", "whole number, 1 or more"), ("--max-queue", "1.5", "whole number, 1 or more"),
+        ("--allowed-origin", "example.org", "origins such as"), ("--trusted-proxy", "proxy", "IP addresses"),
+        ("--tls-cert", "x.pem", "give both"), ("--host", "", "a text")])
+    def test_a_wrong_value_is_named_with_what_is_allowed(self, exit_of_main, flag, value, allowed):
+        status, text = exit_of_main(f"{flag}={value}")
+        last = text.splitlines()[-1]
+        assert status == 2 and allowed in last and (value.partition("=")[0] or "''") in last
+        assert flag[2:].partition("-")[0] in last
+
+    def test_a_wrong_value_ends_the_program_with_status_2(self):
+        run = run_program("--port", "70000")
+        assert run.returncode == 2 and run.stdout == ""
+        assert "port" in run.stderr and "70000" in run.stderr and "Traceback" not in run.stderr
+
+    @pytest.mark.parametrize("flag", ["--unknown", "--services=x", "word"])
+    def test_an_unknown_flag_is_refused(self, exit_of_main, flag):
+        status, text = exit_of_main(flag)
+        assert status == 2 and flag in text
+
+    def test_a_port_in_use_is_one_line(self, server):
+        run = run_program("--port", str(server.port))
+        assert run.returncode == 1 and run.stdout == ""
+        assert len(run.stderr.splitlines()) == 1 and f"127.0.0.1:{server.port}" in run.stderr
+
+    def test_a_host_that_is_not_ours_is_one_line(self):
+        run = run_program("--port", "0", "--host", "192.0.2.1")
+        assert run.returncode == 1 and run.stdout == "" and len(run.stderr.splitlines()) == 1
+
+    def test_the_start_says_what_a_newcomer_wants_to_know(self, program):
+        for fact in (f"open {program.root}/", f"{program.root}/cometd", "long-polling, callback-polling", str(HERE),
+                     "clients after their handshake", "own pages", "10 requests at once", "10000 sessions",
+                     "10000 waiting events", "65536 bytes a message", "/service/echo", "/chat/demo", "Ctrl-C"):
+            assert fact in program.text
+
+    def test_the_start_says_what_was_changed(self, tmp_path):
+        with Program("--docroot", str(tmp_path), "--anon-publish", "--allowed-origin", "https://example.org",
+                     "--allowed-origin", "https://example.net", "--client-max-connections", "0", "--max-sessions", "77",
+                     "--path", "/live", "--bare") as program:
+            for fact in (str(tmp_path), "anybody", "own pages, https://example.org, https://example.net",
+                         "any number of requests at once", "77 sessions", "/live  ("):
+                assert fact in program.text
+            assert "/service/echo" not in program.text
+            assert program.stop() == 0
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_stops_it_cleanly(self, number):
+        with Program() as program, Peer(program) as peer, Peer(program) as held:
+            # Once the older of two connects on one connection is answered and another request after that,
+            # the newer is held: this is how it is known from outside.
+            held.send_connect(id="first")
+            held.send_connect(id="last")
+            assert held.read_answer().batch[0]["id"] == "first"
+            assert peer.ask("/service/echo", data=1)["successful"]
+            assert program.stop(number) == 0
+            reply, = held.read_answer().batch
+            assert reply["successful"] and reply["id"] == "last"
+            assert reply["advice"]["reconnect"] in ("retry", "handshake")
+            with socket.socket() as another:
+                another.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                another.bind(("127.0.0.1", program.port))
+
+    def test_many_signals_are_one(self, capsys):
+        """main() in this process, and more signals than it needs while it stops."""
+        def send_signals():
+            wait_until(lambda: any(server.options.alias == "main" and server._has_started
+                                   for server in list(bayeux_server.live_servers)), "the start")
+            for _ in range(20):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        sending = threading.Thread(target=send_signals)
+        sending.start()
+        try:
+            assert bayeux_server.main(["--port", "0", "--alias", "main"]) == 0
+            sending.join(PATIENCE)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        assert "Ctrl-C stops it." in capsys.readouterr().out
+
+    def test_the_demo_has_an_echo_and_a_bot(self, program):
+        """The original's echo service, and its Autobot."""
+        with Peer(program) as peer:
+            assert peer.ask("/service/echo", data={"a": [1]}, id="1")["data"] == {"a": [1]}
+            peer.subscribe("/chat/demo")
+            peer.publish("/chat/demo", {"user": "anna", "join": True, "chat": "anna has joined"})
+            peer.publish("/chat/demo", {"user": "anna", "chat": "Hello"})
+            events = []
+            while len(events) < 3:
+                events += peer.connect()[1:]
+            assert [event["data"]["user"] for event in events] == ["anna", "anna", "autobot"]
+            assert events[2]["data"]["chat"] == "I heard anna say: Hello"
+
+    @pytest.mark.parametrize("data", [None, 1, "text", [], {}, {"chat": 1}, {"chat": {}}, {"user": [], "chat": "a"}])
+    def test_the_bot_bears_every_kind_of_data(self, program, data):
+        with Peer(program) as peer:
+            peer.publish("/chat/demo", data)
+            peer.subscribe("/chat/demo")
+            peer.publish("/chat/demo", {"user": "anna", "chat": "still there?"})
+            texts = []
+            while "I heard anna say: still there?" not in texts:
+                texts += [event["data"].get("chat") for event in peer.connect()[1:]]
+
+    def test_bare_has_no_demo(self):
+        with Program("--bare") as program, Peer(program) as peer:
+            assert peer.ask("/service/echo", data=1)["error"].startswith("404:")
+            peer.subscribe("/chat/demo")
+            peer.publish("/chat/demo", {"user": "anna", "chat": "Hello"})
+            assert len(peer.connect()) == 2
+            assert len(peer.connect(timeout=0)) == 1
+
+    def test_flags_reach_the_server(self, tmp_path):
+        """--docroot, --directory-index, --type-expires, --no-timesync, --log-file, --timeout"""
+        (tmp_path / "start.html").write_text("<p>start</p>", "utf-8")
+        (tmp_path / "dot.png").write_bytes(b"png")
+        log_file = tmp_path / "server.log"
+        with Program("--docroot", str(tmp_path), "--directory-index", "none.html", "--directory-index", "start.html",
+                     "--type-expires", "image/png=3600", "--type-expires", "text/css=60", "--no-timesync",
+                     "--log-file", str(log_file), "--timeout", "12.5") as program:
+            assert http_get(program.root + "/")[2] == b"<p>start</p>"
+            status, headers, body = http_get(program.root + "/dot.png")
+            assert (status, body) == (200, b"png")
+            assert headers["Cache-Control"] == "max-age=3600" and headers["Expires"]
+            with Wire(program) as wire:
+                reply, = wire.post({"channel": "/meta/handshake", "version": "1.0",
+                                    "ext": {"timesync": {"tc": 1, "l": 0, "o": 0}}})
+                assert "ext" not in reply and reply["advice"]["timeout"] == 12500
+                wire.post({"channel": "/meta/unknown"})
+            assert program.stop() == 0
+        assert "/meta/unknown" in log_file.read_text("utf-8")
+
+    def test_timesync_is_on_by_default(self, program):
+        with Wire(program) as wire:
+            reply, = wire.post({"channel": "/meta/handshake", "version": "1.0",
+                                "ext": {"timesync": {"tc": 1, "l": 0, "o": 0}}})
+            assert set(reply["ext"]["timesync"]) == {"tc", "ts", "p", "a"}
+
+    def test_tls(self, certificate):
+        """--tls-cert and --tls-key; held connects too, and their answer when it stops."""
+        cert, key = certificate
+        tls = ssl.create_default_context(cafile=cert)
+        with Program("--tls-cert", cert, "--tls-key", key) as program, Peer(program, tls) as peer:
+            assert program.root.startswith("https://")
+            assert http_get(program.root + "/LICENSE", tls)[2] == (HERE / "LICENSE").read_bytes()
+            peer.subscribe("/a")
+            peer.send_connect()
+            peer.publish("/a", "event")
+            assert peer.read_answer().batch[1]["data"] == "event"
+            assert program.stop() == 0
+
+    def test_a_certificate_that_is_none_is_refused(self, exit_of_main, tmp_path):
+        path = tmp_path / "cert.pem"
+        path.write_text("no certificate", "utf-8")
+        status, text = exit_of_main("--port=0", f"--tls-cert={path}", f"--tls-key={path}")
+        assert status == 2 and "PEM files" in text and str(path) in text
+
+
+# ======================================================================================
+# README
+# ======================================================================================
+
+README = (HERE / "README.md").read_text("utf-8") if (HERE / "README.md").exists() else ""
+
+
+def readme_blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def readme_section(title):
+    """The text between a heading and the next."""
+    return re.split(r"^## ", README.partition(f"\n## {title}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+class Shell:
+    """A bash into which a reader pastes commands."""
+
+    def __init__(self, server):
+        self.address = f"127.0.0.1:{server.port}"
+        self.process = subprocess.Popen(["bash"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, encoding="utf-8")
+
+    def paste(self, block):
+        assert "localhost:8080" in block
+        self.process.stdin.write(block.replace("localhost:8080", self.address) + "echo ---\n")
+        self.process.stdin.flush()
+
+    def output(self):
+        """What the pasted commands have written, once they are done."""
+        return "".join(iter(self.process.stdout.readline, "---\n"))
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(PATIENCE)
+        self.process.stdout.close()
+
+
+class TestReadme:
+    """Every command and every program of README.md, run as written; only ports are replaced."""
+
+    def test_every_block_is_known_here(self):
+        """So that no new one stays untested."""
+        kinds = {"curl -s localhost:8080": 0, "python bayeux_server.py": 0, "python -m pytest": 0}
+        for block in readme_blocks("sh"):
+            kinds[next(kind for kind in kinds if kind in block)] += 1
+        assert kinds == {"curl -s localhost:8080": 6, "python bayeux_server.py": 2, "python -m pytest": 1}
+        assert len(readme_blocks("python")) == 3 and len(re.findall("^```", README, re.MULTILINE)) == 2 * (9 + 3 + 6)
+
+    @pytest.mark.parametrize("block", [block for block in readme_blocks("sh") if "python bayeux_server.py" in block])
+    def test_its_start_commands_work(self, block, tmp_path):
+        folder = tmp_path / "project"
+        folder.mkdir()
+        for name in ("bayeux_server.py", "index.html"):
+            shutil.copy(HERE / name, folder)
+        script = re.sub(r"--port \d+", "--port 0", block).replace("python ", f"exec '{sys.executable}' ")
+        with Program(command=["bash", "-e", "-c", script], folder=folder) as program:
+            tls = None
+            if program.scheme == "https":
+                tls = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
+                tls.check_hostname = False          # the certificate names localhost, and we ask by number
+            assert http_get(program.root + "/", tls)[2] == (HERE / "index.html").read_bytes()
+            assert http_get(program.root + "/key.pem", tls)[0] == 404
+            with Peer(program, tls) as peer:
+                assert peer.ask("/service/echo", data=1)["data"] == 1
+            assert program.stop(signal.SIGINT) == 0
+
+    def test_its_test_commands_are_these(self):
+        assert readme_blocks("sh", readme_section("Tests")) == ["pip install pytest\npython -m pytest\n"]
+
+    def test_its_conversation_in_curl(self, serve):
+        if (shutil.which("curl") is None or shutil.which("bash") is None) and not os.environ.get("CI"):
+            pytest.skip("curl or bash is not installed")
+        section = readme_section("A conversation in curl")
+        handshake, subscribe, first_connect, held_connect, publish, disconnect = readme_blocks("sh", section)
+        shown = [json.loads(block) for block in readme_blocks("json", section)]
+        server = serve(client_max_connections=10)
+        shell, second_shell = Shell(server), Shell(server)
+        seen = []
+        for block in (handshake, subscribe, first_connect):
+            shell.paste(block)
+            seen.append(json.loads(shell.output()))
+        shell.paste(held_connect)
+        wait_until(lambda: any(session.hold for session in list(server.core.sessions.values())), "the held connect")
+        second_shell.paste(publish)
+        seen += [json.loads(second_shell.output()), json.loads(shell.output())]
+        shell.paste(disconnect)
+        seen.append(json.loads(shell.output()))
+        shell.close()
+        second_shell.close()
+        for batch in (seen[0], shown[0]):
+            assert re.fullmatch("[0-9a-f]{32}", batch[0].pop("clientId"))
+        assert seen == shown
+
+    @pytest.fixture
+    def run_block(self, tmp_path, monkeypatch):
+        """Runs a program of README on a free port: run_block(block, conversation, name=value, ...).
+
+        While it serves, conversation(server) is held; then the server is stopped, and the program must
+        end by itself, without an exception.  The names stand for builtins.
+        """
+        servers = []
+
+        class ObservedServer(BayeuxServer):
+            def start(self):
+                servers.append(super().start())
+                return self
+
+        def run_block(block, conversation, release=lambda: None, **names):
+            assert block.count("port=8080") == 1
+            file = tmp_path / "program.py"
+            file.write_text(block.replace("port=8080", "port=0"), "utf-8")
+            with concurrent.futures.ThreadPoolExecutor(1) as executor:
+                running = executor.submit(runpy.run_path, str(file), names)
+                wait_until(lambda: servers or running.done(), "its server")
+                try:
+                    if servers:
+                        conversation(servers[0])
+                finally:
+                    for server in servers:
+                        server.shutdown()
+                    release()
+                running.result(PATIENCE)
+
+        monkeypatch.setattr(bayeux_server, "BayeuxServer", ObservedServer)
+        return run_block
+
+    def test_its_ten_lines_of_python(self, run_block, monkeypatch):
+        monkeypatch.chdir(HERE)
+        block = readme_blocks("python", readme_section("Ten lines of Python"))[0]
+        assert len(block.splitlines()) <= 12
+        entered, is_asked = threading.Event(), threading.Event()
+
+        def wait_for_enter(prompt):
+            is_asked.set()
+            assert prompt == "Enter stops the server." and entered.wait(PATIENCE)
+
+        def conversation(server):
+            assert is_asked.wait(PATIENCE)
+            assert http_get(server.root_url + "/LICENSE")[0] == 200
+            with Peer(server) as peer:
+                peer.subscribe("/chat/demo")
+                peer.publish("/chat/demo", {"user": "anna", "chat": "Hello"})
+                events = []
+                while len(events) < 2:
+                    events += peer.connect()[1:]
+                assert events[1]["data"]["user"] == "bot" and "Hello" in events[1]["data"]["chat"]
+                peer.send_connect()
+                wait_for_hold(server, peer)
+                entered.set()
+                assert peer.read_answer().batch[0]["successful"]
+
+        run_block(block, conversation, input=wait_for_enter, release=entered.set)
+
+    def test_its_service_and_its_callback(self, run_block):
+        printed = []
+
+        def conversation(server):
+            with Peer(server) as peer:
+                wait_until(lambda: "add" in server.core.services, "the service")
+                assert peer.ask("/service/add", data=[1, 2])["data"] == 3
+                peer.subscribe("/news")
+                wait_until(lambda: ("subscribe", peer.id, "/news") in printed, "what the callback prints")
+                wait_until(lambda: ("publish", None, "/news") in printed, "the server's own event")
+
+        block = readme_blocks("python", readme_section("In your program"))[0]
+        run_block(block, conversation, print=lambda *words: printed.append(words))
+
+    def test_its_message_acl(self, run_block):
+        def conversation(server):
+            with Wire(server) as wire:
+                def shake_hands(**fields):
+                    return wire.post({"channel": "/meta/handshake", "version": "1.0", **fields})[0]
+
+                for ext in (None, 1, [], {}, {"token": "guess"}, {"token": []}):
+                    refused = shake_hands(ext=ext)
+                    assert refused["error"].startswith("401:") and "clientId" not in refused
+                client_id = shake_hands(ext={"token": "a long secret"})["clientId"]
+                assert wire.post({"channel": "/news", "data": 1, "clientId": client_id})[0]["successful"]
+                server.core.sessions[client_id].flags["user"] = "bert"
+                reply, = wire.post({"channel": "/news", "data": 1, "clientId": client_id})
+                assert reply["error"] == "403:/news:Only anna writes here"
+                assert wire.post({"channel": "/other", "data": 1, "clientId": client_id})[0]["successful"]
+
+        block = readme_blocks("python", readme_section("Security"))[0]
+        run_block(block, conversation)
+
+    def test_its_table_of_options_is_that_of_the_server(self):
+        rows = re.findall(
+            r"^\| `(\w+)` \| (?:`(--[\w-]+)`)? ?\| `(.*?)` \| \S.* \|$", readme_section("Options"), re.MULTILINE)
+        flags = {action.dest: action.option_strings[0] for action in bayeux_server.make_parser()._actions}
+        assert [(name, flag or None, ast.literal_eval(default)) for name, flag, default in rows] == [
+            (name, flags.get(name), default_of(row)) for name, row in option_fields().items()]
+
+    def test_its_numbers_are_those_of_the_server(self):
+        assert f"`max_queue` ({bayeux_server.Options().max_queue:,})" in README
+        assert "Python 3.9 or newer" in README
+
+    def test_its_links_lead_to_files(self):
+        links = re.findall(r"\]\(([^)]+)\)", README)
+        files = [link for link in links if not link.startswith("https://")]
+        assert set(files) >= {"bayeux_server.py", "index.html", "test_bayeux_server.py", "LICENSE"}
+        assert [link for link in files if not (HERE / link).is_file()] == []
+
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
