@@ -559,6 +559,27 @@ def decode_batch(texts: Iterable[bytes | str]) -> list:
     return messages
 
 
+def is_message_id(value: Any) -> bool:
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
+
+
+def refusal(message: Any, error: BayeuxError) -> dict:
+    """The reply to a refused message: what it had and can be repeated, and why.  (Bayeux, "error")"""
+    reply: dict = {"successful": False, "error": str(error)}
+    if not isinstance(message, dict):
+        return reply
+    if isinstance(message.get("channel"), str):
+        reply["channel"] = message["channel"]
+    if is_message_id(message.get("id")):
+        reply["id"] = message["id"]
+    if message.get("channel") in (SUBSCRIBE, UNSUBSCRIBE) and "subscription" in message:
+        reply["subscription"] = message["subscription"]
+    if message.get("channel") == HANDSHAKE:
+        # No second try would fare better, except with other credentials.
+        reply["advice"] = {"reconnect": "handshake" if error.code == 401 else "none"}
+    return {**reply, **error.fields}
+
+
 def with_fields(text: str, fields: dict) -> str:
     """The JSON object of text with more fields; an ext is merged into the one that is there."""
     message = json.loads(text)
@@ -938,10 +959,6 @@ def version_key(version: str) -> list[tuple]:
     return elements
 
 
-def is_message_id(value: Any) -> bool:
-    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
-
-
 class Turn:
     """What the messages of one request share."""
 
@@ -1028,7 +1045,7 @@ class Bayeux:
             request = message if isinstance(message, dict) else {}
             self.logger.exception("handling a message on %.100r failed", request.get("channel"))
             error = BayeuxError(500, self._channel_shown(request), "The server failed")
-            return [encode_json(self._refusal(request, error))]
+            return [encode_json(refusal(request, error))]
 
     def _handle_or_refuse(self, message: Any, turn: Turn) -> list[str]:
         request = message if isinstance(message, dict) else {}
@@ -1038,7 +1055,7 @@ class Bayeux:
             return self._handle(session, request, turn)
         except BayeuxError as error:
             self._log_refusal(request, turn.exchange, error)
-            return self._finish(session, request, self._refusal(request, error))
+            return self._finish(session, request, refusal(request, error))
 
     def _session_of(self, message: dict, turn: Turn) -> Session | None:
         """The session that the message's clientId names, if it names one; its lease begins anew."""
@@ -1134,24 +1151,9 @@ class Bayeux:
             reply["id"] = message["id"]
         return reply
 
-    @staticmethod
-    def _refusal(message: dict, error: BayeuxError) -> dict:
-        """What the request had and can be repeated, and why it is refused.  (Bayeux, "error")"""
-        reply: dict = {"successful": False, "error": str(error)}
-        if isinstance(message.get("channel"), str):
-            reply["channel"] = message["channel"]
-        if is_message_id(message.get("id")):
-            reply["id"] = message["id"]
-        if message.get("channel") in (SUBSCRIBE, UNSUBSCRIBE) and "subscription" in message:
-            reply["subscription"] = message["subscription"]
-        if message.get("channel") == HANDSHAKE:
-            # No second try would fare better, except with other credentials.
-            reply["advice"] = {"reconnect": "handshake" if error.code == 401 else "none"}
-        return {**reply, **error.fields}
-
     def _finish(self, session: Session | None, message: dict, reply: dict, batch: int | None = None) -> list[str]:
         """The reply's text, after the extensions.  One that they drop is replaced: every message gets its reply."""
-        reply = self._through_extensions(session, reply) or self._refusal(
+        reply = self._through_extensions(session, reply) or refusal(
             message, BayeuxError(403, self._channel_shown(message), "An extension dropped the reply"))
         late = self._late_fields(TimeSync.of(message) if self.options.timesync else None, batch)
         return [with_fields(encode_json(reply), late) if late else encode_json(reply)]
@@ -1264,7 +1266,7 @@ class Bayeux:
         patience, advice = self._patience(session, message, turn), self._connect_advice(session, message, turn)
         reply = self._success(message, **({"advice": advice} if advice else {}))
         if patience > 0:
-            text = encode_json(self._through_extensions(session, reply) or self._refusal(
+            text = encode_json(self._through_extensions(session, reply) or refusal(
                 message, BayeuxError(403, CONNECT, "An extension dropped the reply")))
             timesync = TimeSync.of(message) if self.options.timesync else None
         with self.condition:
@@ -2737,6 +2739,7 @@ class Watch:
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20#\x7f-\xff]+) HTTP/(\d)\.(\d)")
 FIELD_NAME = re.compile(TOKEN)
+FIELD_NAMES = re.compile(rf"{TOKEN}(?:[ \t]*,[ \t]*{TOKEN})*")
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
@@ -2755,15 +2758,17 @@ REASONS = {status.value: status.phrase for status in HTTPStatus}
 class HTTPFault(Exception):
     """A request that is answered by a status other than 200: why, and with what further headers."""
 
-    def __init__(self, status: int, text: str, **headers: str) -> None:
+    def __init__(self, status: int, text: str, messages: Iterable = (None,), **headers: str) -> None:
         super().__init__(text)
         self.status = status
         self.text = text
+        self.messages = messages        # where they are known, each gets its reply: Faye waits for no less
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def batch(self) -> str:
-        code = self.status if self.status in ERROR_MEANINGS else 400
-        return encode_json([{"successful": False, "error": str(BayeuxError(code, "", self.text))}])
+        advice = {"advice": {"reconnect": "retry"}} if self.status == 503 else {}
+        error = BayeuxError(self.status if self.status in ERROR_MEANINGS else 400, "", self.text, **advice)
+        return encode_json([refusal(message, error) for message in self.messages])
 
 
 class Request:
@@ -3394,8 +3399,6 @@ class HttpTransport:
             return self._answer_preflight(connection, request)
         if request.method not in ("POST", "GET"):
             raise HTTPFault(405, "Bayeux comes by POST, or by GET as JSONP", Allow="GET, OPTIONS, POST")
-        if self.is_stopping:
-            raise HTTPFault(503, "The server is stopping", Retry_After=str(BUSY_RETRY))
         if request.method == "GET" and "websocket" in request.headers.get("upgrade", "").lower():
             return self._upgrade(connection, request)
         if request.method == "GET" and "text/event-stream" in request.headers.get("accept", ""):
@@ -3409,7 +3412,7 @@ class HttpTransport:
             callback, texts = None, post_messages(request)
         messages = decode_batch(texts)
         exchange = HttpExchange(self, connection, request, callback)
-        self._begin_request(exchange)
+        self._begin_request(exchange, messages)
         connection.exchange = exchange
         self.core.receive(messages, exchange)
 
@@ -3449,13 +3452,15 @@ class HttpTransport:
         if not self.core.attach(request.path.rpartition("/")[2], stream):
             connection.push(b"", is_last=True)
 
-    def _begin_request(self, exchange: HttpExchange | HttpStream) -> None:
-        limit = self.options.client_max_connections
+    def _begin_request(self, exchange: HttpExchange | HttpStream, messages: Iterable = (None,)) -> None:
+        retry_after, limit = str(BUSY_RETRY), self.options.client_max_connections
+        if self.is_stopping:
+            raise HTTPFault(503, "The server is stopping", messages, Retry_After=retry_after)
         if limit:
             with self.core.condition:
                 if self._open_requests[exchange.address] >= limit:
-                    raise HTTPFault(503, f"More than {limit} requests at once from {exchange.address}",
-                                    Retry_After=str(BUSY_RETRY))
+                    raise HTTPFault(503, f"More than {limit} requests at once from {exchange.address}", messages,
+                                    Retry_After=retry_after)
                 self._open_requests[exchange.address] += 1
 
     def end_request(self, exchange: HttpExchange | HttpStream) -> None:
@@ -3507,8 +3512,12 @@ class HttpTransport:
     def _answer_preflight(connection: Connection, request: Request) -> None:
         headers = request.cors
         if headers:
+            # Faye asks for Pragma, applications for Authorization; to the server they are all the same.
+            asked, allowed = request.headers.get("access-control-request-headers", ""), "Content-Type, X-Requested-With"
+            if FIELD_NAMES.fullmatch(asked):
+                allowed += ", " + asked
             headers += ("Access-Control-Allow-Methods: GET, OPTIONS, POST\r\nAccess-Control-Max-Age: 3600\r\n"
-                        "Access-Control-Allow-Headers: Content-Type, X-Requested-With\r\n")
+                        f"Access-Control-Allow-Headers: {allowed}\r\n")
         is_last = not request.wants_keep_alive
         head = (f"HTTP/1.1 204 No Content\r\nAllow: GET, OPTIONS, POST\r\nDate: {http_date(int(time.time()))}\r\n"
                 f"{headers}{connection_header(request.version, is_last)}\r\n")

@@ -4399,6 +4399,14 @@ class TestCrossOrigin:
         assert "POST" in answer.headers["access-control-allow-methods"]
         assert {"Content-Type", "X-Requested-With"} <= set(answer.headers["access-control-allow-headers"].split(", "))
 
+    @pytest.mark.parametrize(("asked", "is_allowed"), [("pragma", True), ("authorization, x-a", True), ("a b", False),
+                                                       ("a,", False)])
+    def test_a_preflight_allows_the_headers_it_asks_for(self, serve, asked, is_allowed):
+        """T6: Faye's XHR sends Pragma, and Chromium asks first."""
+        answer = self.ask(serve(allowed_origins=[self.ELSEWHERE]), "OPTIONS", Origin=self.ELSEWHERE,
+                          Access_Control_Request_Method="POST", Access_Control_Request_Headers=asked)
+        assert answer.headers["access-control-allow-headers"].endswith(", " + asked) == is_allowed
+
     @pytest.mark.parametrize("method", ["POST", "OPTIONS"])
     def test_any_origin_comes_without_credentials(self, serve, method):
         """T6"""
@@ -4559,6 +4567,16 @@ class TestAddresses:
             assert wire.request("GET", "/").status == 404, "files are not counted"
         for peer in peers:
             peer.close()
+
+    def test_each_message_of_a_request_that_is_turned_away_gets_its_reply(self, serve):
+        """G1, T5: a reply without id is nobody's, and Faye would wait for its own."""
+        server = serve(client_max_connections=1)
+        with Peer(server) as peer, Wire(server) as wire:
+            hold_connect(server, peer)
+            first, second = wire.post({"channel": "/meta/handshake", "id": "7"}, {"channel": "/a", "id": 8})
+            assert (first["channel"], first["id"], first["successful"]) == ("/meta/handshake", "7", False)
+            assert (second["channel"], second["id"], second["successful"]) == ("/a", 8, False)
+            assert first["error"].startswith("503:") and first["advice"] == {"reconnect": "retry"}
 
     def test_the_count_is_given_back_by_answers_and_by_hang_ups(self, serve):
         server = serve(client_max_connections=1)
