@@ -736,10 +736,12 @@ class Stream(Exchange):
     """A connection on which events are sent as they come, without a held connect to carry them.
 
     Attributes:
-        sessions: those whose events have gone this way; each may have found another since.
+        sessions: those whose events go this way.
+        carries_requests: whether its client's connects come this way, too; one that comes another way has left it.
     """
 
     __slots__ = ("sessions",)
+    carries_requests = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -1292,8 +1294,8 @@ class Bayeux:
             session.acknowledge(ext.get("ack") if isinstance(ext, dict) else None)
         if session.hold is not None:
             self._release(session.hold)
-        if message["connectionType"] != EVENTSOURCE:    # its stream is another request
-            self._attach(session, turn.exchange.stream)
+        if turn.exchange.stream is not None or (session.stream is not None and session.stream.carries_requests):
+            self._attach(session, turn.exchange.stream)     # an event stream lies beside the connects, and stays
         session.transport = message["connectionType"]
         session.connected = True
 
@@ -3060,6 +3062,7 @@ class WebSocket(HttpStream):
 
     __slots__ = ("_is_pinged", "_reader")
     transport = WEBSOCKET
+    carries_requests = True
 
     def __init__(self, http_transport: HttpTransport, connection: Connection, request: Request) -> None:
         super().__init__(http_transport, connection, request)
