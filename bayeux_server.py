@@ -2665,7 +2665,7 @@ class Watch:
     def _look_at_deadline(self, connection: Connection) -> None:
         if connection.is_closing or connection.output or connection.source is not None:
             self.close(connection)
-        else:
+        elif not connection.is_handled:         # else the time is ours
             connection.protocol.expired(connection)
 
     def _watch_for(self, connection: Connection, events: int) -> None:
@@ -3385,7 +3385,7 @@ class HttpTransport:
             callback, has_body, version = None, True, (1, 1)
             if request is not None:
                 headers += request.cors
-                callback = self._callback(request) if request.method == "GET" else None
+                callback = self._callback(request) if transport_of(request) == CALLBACK_POLLING else None
                 has_body, version = request.method != "HEAD", request.version
             headers += connection_header(version, is_last)
             connection.write(batch_answer(fault.status, fault.batch(), headers, callback, has_body=has_body),
@@ -3402,11 +3402,12 @@ class HttpTransport:
             return self._answer_preflight(connection, request)
         if request.method not in ("POST", "GET"):
             raise HTTPFault(405, "Bayeux comes by POST, or by GET as JSONP", Allow="GET, OPTIONS, POST")
-        if request.method == "GET" and "websocket" in request.headers.get("upgrade", "").lower():
+        transport = transport_of(request)
+        if transport == WEBSOCKET:
             return self._upgrade(connection, request)
-        if request.method == "GET" and "text/event-stream" in request.headers.get("accept", ""):
+        if transport == EVENTSOURCE:
             return self._open_event_stream(connection, request)
-        if request.method == "GET":
+        if transport == CALLBACK_POLLING:
             callback: str | None = self._callback(request)
             if callback is None:
                 raise HTTPFault(400, f"jsonp must be a dotted name of at most {MAX_CALLBACK_LENGTH} characters")
@@ -3577,6 +3578,14 @@ class HttpTransport:
         is_written = connection.write(head + (body if has_body else b""), source, is_last)
         if is_written is False and source is not None:
             source.close()
+
+
+def transport_of(request: Request) -> str:
+    if request.method != "GET":
+        return LONG_POLLING
+    if "websocket" in request.headers.get("upgrade", "").lower():
+        return WEBSOCKET
+    return EVENTSOURCE if "text/event-stream" in request.headers.get("accept", "") else CALLBACK_POLLING
 
 
 def post_messages(request: Request) -> list[bytes | str]:
