@@ -3398,6 +3398,337 @@ class TestLongPollWait:
 
 
 # ======================================================================================
+# Peers for WebSocket, event streams, and for one conversation over everything
+# ======================================================================================
+
+def masked(opcode, payload=b"", is_final=True, key=b"\x12\x34\x56\x78", reserved=0):
+    """A frame as clients send it, written out byte by byte and not with the module's own code."""
+    head = bytes([(0x80 if is_final else 0) | reserved | opcode])
+    if len(payload) < 126:
+        head += bytes([0x80 | len(payload)])
+    elif len(payload) < 65536:
+        head += bytes([0x80 | 126]) + struct.pack("!H", len(payload))
+    else:
+        head += bytes([0x80 | 127]) + struct.pack("!Q", len(payload))
+    return head + key + xor(payload, key)
+
+
+def xor(payload, key):
+    return bytes(byte ^ key[place % 4] for place, byte in enumerate(payload))
+
+
+# Opcodes (RFC 6455, "Base Framing Protocol")
+TEXT_FRAME, BINARY_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME = 0x1, 0x2, 0x8, 0x9, 0xA
+
+
+class SocketWire(Wire):
+    """A raw connection that has been upgraded to WebSocket.  It checks that the server's frames are well made."""
+
+    KEY, ACCEPT = "dGhlIHNhbXBsZSBub25jZQ==", "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="      # the example of RFC 6455
+
+    def __init__(self, server, tls=None, **headers):
+        super().__init__(server, tls)
+        answer = self.upgrade(**headers)
+        assert answer.status == 101, answer.body
+        assert answer.headers["sec-websocket-accept"] == self.ACCEPT
+
+    def upgrade(self, **headers):
+        return self.request("GET", self.path, **upgrade_headers(**headers))
+
+    def send_frame(self, opcode, payload=b"", **fields):
+        self.send(masked(opcode, payload, **fields))
+
+    def read_exactly(self, count):
+        assert self._read_until(lambda: len(self.buffer) >= count), "the connection broke off inside a frame"
+        data, self.buffer = self.buffer[:count], self.buffer[count:]
+        return data
+
+    def read_frame(self):
+        """The next frame: opcode and payload; None at the end of the connection."""
+        if not self._read_until(lambda: self.buffer):
+            return None
+        first, second = self.read_exactly(2)
+        assert first & 0xF0 == 0x80 and second < 128, "one whole frame a message, no reserved bits, unmasked"
+        length = second
+        if second == 126:
+            length, = struct.unpack("!H", self.read_exactly(2))
+            assert length > 125, "the length is not as short as can be"
+        elif second == 127:
+            length, = struct.unpack("!Q", self.read_exactly(8))
+            assert length > 65535, "the length is not as short as can be"
+        return first & 0x0F, self.read_exactly(length)
+
+    def read_batch(self):
+        opcode, payload = self.read_frame()
+        assert opcode == TEXT_FRAME, (opcode, payload)
+        return json.loads(payload)
+
+    def send_batch(self, *messages):
+        self.send_frame(TEXT_FRAME, json.dumps(messages).encode("utf-8"))
+
+    def ask_batch(self, *messages):
+        """Send a batch; its replies, which no event precedes."""
+        self.send_batch(*messages)
+        return self.read_batch()
+
+    def read_close(self):
+        """The server closes: its code (None without one) and reason; then nothing comes any more."""
+        opcode, payload = self.read_frame()
+        assert opcode == CLOSE_FRAME, (opcode, payload)
+        self.send_frame(CLOSE_FRAME, payload)
+        assert self.read_frame() is None
+        return (int.from_bytes(payload[:2], "big"), payload[2:].decode("utf-8")) if payload else (None, "")
+
+
+def upgrade_headers(**changes):
+    """Those of a good upgrade, with changes; None leaves a header out."""
+    headers = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec_WebSocket_Version": "13",
+               "Sec_WebSocket_Key": SocketWire.KEY, **changes}
+    return {name: value for name, value in headers.items() if value is not None}
+
+
+def header_lines():
+    """The same as they are sent, for a test that writes its own request."""
+    return "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in upgrade_headers().items())
+
+
+class SocketPeer(SocketWire):
+    """A Bayeux client over WebSocket.  Replies and events come mixed; each kind keeps its order."""
+
+    def __init__(self, server, tls=None, client_id=None, **handshake):
+        super().__init__(server, tls)
+        self.replies, self.events = [], []
+        self.number = 0
+        self.id = client_id
+        if client_id is None:
+            self.handshake = self.ask("/meta/handshake", version="1.0", supportedConnectionTypes=["websocket"],
+                                      **handshake)
+            assert self.handshake["successful"], self.handshake
+            self.id = self.handshake["clientId"]
+        assert self.connect(timeout=0)["successful"]
+
+    def begin(self, channel, **fields):
+        """Send one message; the id by which its reply can be told."""
+        self.number += 1
+        sender = {"clientId": self.id} if self.id else {}
+        self.send_batch({"channel": channel, "id": self.number, **sender, **fields})
+        return self.number
+
+    def sort(self):
+        """Read one frame."""
+        batch = self.read_batch()
+        self.replies += [message for message in batch if "successful" in message]
+        self.events += [message for message in batch if "successful" not in message]
+
+    def reply(self, number):
+        while not any(reply.get("id") == number for reply in self.replies):
+            self.sort()
+        found, = [reply for reply in self.replies if reply.get("id") == number]
+        self.replies.remove(found)
+        return found
+
+    def ask(self, channel, **fields):
+        return self.reply(self.begin(channel, **fields))
+
+    def hold(self, **fields):
+        return self.begin("/meta/connect", connectionType="websocket", **fields)
+
+    def connect(self, timeout=None, **fields):
+        return self.reply(self.hold(**({} if timeout is None else {"advice": {"timeout": timeout}}), **fields))
+
+    def receive(self, count):
+        """The data of the next events."""
+        while len(self.events) < count:
+            self.sort()
+        taken, self.events = self.events[:count], self.events[count:]
+        return [event["data"] for event in taken]
+
+    def subscribe(self, pattern):
+        assert self.ask("/meta/subscribe", subscription=pattern)["successful"]
+
+    def publish(self, channel, data):
+        assert self.ask(channel, data=data)["successful"]
+
+
+class CoreCaller:
+    """A Bayeux client without a network, with the same methods as the two below."""
+
+    connection_type = "long-polling"
+    number = 0                                  # of its latest connect
+
+    def __init__(self, core, **handshake):
+        self.core = core
+        self.open()
+        self.id = None
+        self.handshake = self.ask("/meta/handshake", version="1.0", supportedConnectionTypes=[self.connection_type],
+                                  **handshake)
+        assert self.handshake["successful"], self.handshake
+        self.id = self.handshake["clientId"]
+
+    def open(self):
+        pass
+
+    def close(self):
+        pass
+
+    def lose_connection(self):
+        """Whatever was under way is gone."""
+        self.close()
+        self.open()
+
+    def message(self, channel, **fields):
+        return {"channel": channel, **({"clientId": self.id} if self.id else {}), **fields}
+
+    def connect_message(self, is_held, ack):
+        self.number += 1
+        return self.message("/meta/connect", connectionType=self.connection_type, id=self.number,
+                            **({} if is_held else {"advice": {"timeout": 0}}),
+                            **({} if ack == "" else {"ext": {"ack": ack}}))
+
+    def ask(self, channel, **fields):
+        reply, = self.core.ask(self.message(channel, **fields))
+        return reply
+
+    def connect(self, ack=""):
+        """A connect that is not held: its reply, and the data of the events that came with it."""
+        return self.divided(self.core.ask(self.connect_message(False, ack)))
+
+    def wait(self, ack=""):
+        """A connect that waits for events."""
+        exchange = self.core.send(self.connect_message(True, ack))
+        self.core.work()
+        return self.divided(exchange.answer)
+
+    @staticmethod
+    def divided(batch):
+        return batch[0], [event["data"] for event in batch[1:]]
+
+    def receive(self, count):
+        """The data of the next events, however many connects they take."""
+        taken = []
+        while len(taken) < count:
+            taken += self.wait()[1]
+        assert len(taken) == count, taken
+        return taken
+
+
+class PollingCaller(CoreCaller):
+    """A Bayeux client over long-polling, on one connection."""
+
+    def open(self):
+        self.wire = Wire(self.core)
+
+    def close(self):
+        self.wire.close()
+
+    def ask(self, channel, **fields):
+        reply, = self.wire.post(self.message(channel, **fields))
+        return reply
+
+    def connect(self, ack=""):
+        return self.divided(self.wire.post(self.connect_message(False, ack)))
+
+    def wait(self, ack=""):
+        return self.divided(self.wire.post(self.connect_message(True, ack)))
+
+
+class SocketCaller(CoreCaller):
+    """A Bayeux client over WebSocket."""
+
+    connection_type = "websocket"
+
+    def open(self):
+        self.wire = SocketWire(self.core)
+        self.events = []
+
+    def close(self):
+        self.wire.close()
+
+    def ask(self, channel, **fields):
+        return self.reply(self.message(channel, **fields))[0]
+
+    def connect(self, ack=""):
+        return self.reply(self.connect_message(False, ack))
+
+    def wait(self, ack=""):
+        return self.reply(self.connect_message(True, ack))
+
+    def reply(self, message):
+        """The reply, and the events that came in its frame.
+
+        Events before it are kept for receive(); the reply of a connect that was held until now is let pass.
+        """
+        self.wire.send_batch(message)
+        while True:
+            batch = self.wire.read_batch()
+            if "successful" not in batch[0]:
+                self.events += [event["data"] for event in batch]
+            elif (batch[0]["channel"], batch[0].get("id")) == (message["channel"], message.get("id")):
+                return self.divided(batch)
+
+    def receive(self, count):
+        self.wire.send_batch(self.connect_message(True, ""))
+        while len(self.events) < count:
+            batch = self.wire.read_batch()
+            self.events += [event["data"] for event in batch if "successful" not in event]
+        taken, self.events = self.events, []
+        assert len(taken) == count, taken
+        return taken
+
+
+@pytest.fixture(params=["core", "long-polling", "websocket"])
+def medium(request, serve):
+    """One conversation, three ways: medium(option=value, ...) starts a server, and gives what calls it."""
+    callers = []
+
+    def start(**options):
+        core = CorePeer(**options) if request.param == "core" else serve(**options)
+
+        def call(**handshake):
+            kind = {"core": CoreCaller, "long-polling": PollingCaller, "websocket": SocketCaller}[request.param]
+            callers.append(kind(core, **handshake))
+            return callers[-1]
+        return call
+
+    yield start
+    for caller in callers:
+        caller.close()
+
+
+class FakeStream(bayeux_server.Stream):
+    """A stream without a network; its outcome is what send() returns."""
+
+    transport = "websocket"
+    carries_requests = True
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+        self.outcome = True
+
+    def send(self, answer):
+        self.batches.append(json.loads(answer.batch()))
+        return self.outcome
+
+    @property
+    def data(self):
+        return [[message["data"] for message in batch] for batch in self.batches]
+
+
+def let_time_pass(server):
+    """The times of all that have left HTTP behind are over now."""
+    connections = [each for each in list(server.watch.connections) if each.protocol is not server.http]
+    wait_until(lambda: all(each.deadline < float("inf") for each in connections), "the end of what is being handled")
+    for connection in connections:
+        connection.deadline = 0.0
+
+
+def session_of(server, client_id):
+    found, = [session for session in server.sessions if session.id == client_id]
+    return found
+
+
+# ======================================================================================
 # Peers of the sections below
 # ======================================================================================
 
@@ -3489,6 +3820,225 @@ def tls(certificate):
 @pytest.fixture
 def serve_tls(serve, certificate):
     return lambda **options: serve(tls_cert=certificate[0], tls_key=certificate[1], **options)
+
+
+# ======================================================================================
+# §8  WebSocket frames
+# ======================================================================================
+
+def read(*parts, max_size=1 << 20):
+    """What a reader gives for the parts; the code of the error that ends it stands last."""
+    reader, messages = bayeux_server.FrameReader(max_size), []
+    try:
+        for part in parts:
+            messages.extend(reader.feed(part))
+    except bayeux_server.WebSocketError as error:
+        messages.append(error.code)
+    return messages
+
+
+def in_bytes(data):
+    return [data[place:place + 1] for place in range(len(data))]
+
+
+def fragments(opcode, *payloads):
+    """One message in fragments."""
+    last = len(payloads) - 1
+    return b"".join(masked(opcode if place == 0 else 0, payload, is_final=place == last)
+                    for place, payload in enumerate(payloads))
+
+
+class TestFrames:
+    """RFC 6455 without input and output."""
+
+    @pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 65535, 65536])
+    def test_every_size_is_read_and_written(self, size):
+        payload = bytes(place % 251 for place in range(size))
+        assert read(masked(BINARY_FRAME, payload)) == [(BINARY_FRAME, payload)]
+        written = bayeux_server.frame(BINARY_FRAME, payload)
+        head = len(written) - size
+        assert head == (2 if size <= 125 else 4 if size <= 65535 else 10)
+        length = written[1] if size <= 125 else int.from_bytes(written[2:head], "big")
+        assert (written[0], length, written[head:]) == (0x82, size, payload)
+
+    STREAM = (masked(TEXT_FRAME, "Grüße ☃ 😀".encode()) + masked(PING_FRAME, b"p")
+              + masked(BINARY_FRAME, b"\0\xff" * 100)
+              + fragments(TEXT_FRAME, b"a", b"", "é".encode()[:1], "é".encode()[1:])
+              + masked(CLOSE_FRAME, b"\x03\xe8bye"))
+    MESSAGES = ((TEXT_FRAME, "Grüße ☃ 😀"), (PING_FRAME, b"p"), (BINARY_FRAME, b"\0\xff" * 100),
+                (TEXT_FRAME, "aé"), (CLOSE_FRAME, (1000, "bye")))
+
+    def test_fed_whole(self):
+        assert read(self.STREAM) == list(self.MESSAGES)
+
+    def test_fed_byte_by_byte(self):
+        assert read(*in_bytes(self.STREAM)) == list(self.MESSAGES)
+
+    def test_a_frame_is_given_with_its_last_byte(self):
+        reader = bayeux_server.FrameReader(100)
+        *head, last = in_bytes(masked(TEXT_FRAME, b"now"))
+        assert [list(reader.feed(byte)) for byte in head] == [[]] * len(head)
+        assert list(reader.feed(last)) == [(TEXT_FRAME, "now")]
+
+    def test_what_stands_behind_a_frame_waits(self):
+        reader = bayeux_server.FrameReader(100)
+        second = masked(TEXT_FRAME, b"second")
+        assert list(reader.feed(masked(TEXT_FRAME, b"first") + second[:5])) == [(TEXT_FRAME, "first")]
+        assert list(reader.feed(second[5:])) == [(TEXT_FRAME, "second")]
+
+    @pytest.mark.parametrize("key", [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x01\x00\x80\x7f", b"\0\0\0\1"])
+    @pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 7, 8, 1001])
+    def test_unmasking_undoes_masking(self, key, size):
+        payload = bytes((7 * place) % 256 for place in range(size))
+        assert bayeux_server.unmask(xor(payload, key), key) == payload
+
+    def test_an_unmasked_frame_is_a_protocol_error(self):
+        assert read(b"\x81\x02hi") == [1002]
+
+    def test_fragments_make_one_message(self):
+        assert read(fragments(BINARY_FRAME, b"ab", b"", b"c")) == [(BINARY_FRAME, b"abc")]
+
+    def test_control_frames_come_between_fragments(self):
+        data = (masked(TEXT_FRAME, b"a", is_final=False) + masked(PING_FRAME, b"1") + masked(PONG_FRAME)
+                + masked(0, b"b"))
+        assert read(data) == [(PING_FRAME, b"1"), (PONG_FRAME, b""), (TEXT_FRAME, "ab")]
+        assert read(*in_bytes(data)) == [(PING_FRAME, b"1"), (PONG_FRAME, b""), (TEXT_FRAME, "ab")]
+
+    @pytest.mark.parametrize("data", [
+        masked(0, b"a"),                                                    # continues nothing
+        masked(TEXT_FRAME, b"a") + masked(0, b"b"),                               # what was over
+        masked(TEXT_FRAME, b"a", is_final=False) + masked(TEXT_FRAME, b"b"),            # begins in the middle
+        masked(TEXT_FRAME, b"a", is_final=False) + masked(BINARY_FRAME, b"b", is_final=False),
+    ])
+    def test_fragments_out_of_turn_are_a_protocol_error(self, data):
+        assert read(data)[-1] == 1002
+
+    @pytest.mark.parametrize("opcode", [3, 4, 5, 6, 7, 11, 12, 13, 14, 15])
+    def test_an_undefined_opcode_is_a_protocol_error(self, opcode):
+        assert read(masked(opcode)) == [1002]
+
+    @pytest.mark.parametrize("reserved", [0x40, 0x20, 0x10, 0x70])
+    @pytest.mark.parametrize("opcode", [TEXT_FRAME, PING_FRAME, CLOSE_FRAME])
+    def test_reserved_bits_are_a_protocol_error(self, opcode, reserved):
+        assert read(masked(opcode, b"", reserved=reserved)) == [1002]
+
+    @pytest.mark.parametrize("opcode", [CLOSE_FRAME, PING_FRAME, PONG_FRAME])
+    def test_a_control_frame_is_short_and_whole(self, opcode):
+        payload = b"\x03\xe8" + b"x" * 123
+        assert read(masked(opcode, payload))[0][0] == opcode
+        assert read(masked(opcode, payload + b"x")) == [1002]
+        assert read(masked(opcode, b"", is_final=False)) == [1002]
+
+    def test_what_the_head_shows_to_be_wrong_needs_no_payload(self):
+        assert read(masked(PING_FRAME, b"x" * 126)[:2]) == [1002]
+        assert read(masked(TEXT_FRAME, b"x" * 200)[:4], max_size=199) == [1009]
+
+    @pytest.mark.parametrize("data", [
+        b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"ok\xe2\x98", b"\x80", b"\xf0\x9f\x98"])
+    def test_text_that_is_not_utf8_is_bad_data(self, data):
+        assert read(masked(TEXT_FRAME, data)) == [1007]
+        assert read(fragments(TEXT_FRAME, *in_bytes(data))) == [1007]
+
+    def test_bad_utf8_is_found_before_the_message_is_complete(self):
+        assert read(masked(TEXT_FRAME, b"\xce\xba\xff", is_final=False)) == [1007]
+
+    def test_a_character_may_be_split_over_fragments(self):
+        assert read(fragments(TEXT_FRAME, *in_bytes("é☃😀".encode()))) == [(TEXT_FRAME, "é☃😀")]
+        beginning, end = masked(TEXT_FRAME, "☃".encode()[:2], is_final=False), masked(0, "☃".encode()[2:])
+        assert read(beginning + masked(PING_FRAME) + end) == [(PING_FRAME, b""), (TEXT_FRAME, "☃")]
+
+    def test_binary_is_anything(self):
+        assert read(masked(BINARY_FRAME, b"\xff\xfe")) == [(BINARY_FRAME, b"\xff\xfe")]
+
+    def test_messages_before_a_fault_are_given(self):
+        assert read(masked(TEXT_FRAME, b"good") + masked(3)) == [(TEXT_FRAME, "good"), 1002]
+
+    def test_a_message_is_at_most_max_size(self):
+        assert read(masked(TEXT_FRAME, b"x" * 10), max_size=10) == [(TEXT_FRAME, "x" * 10)]
+        assert read(masked(TEXT_FRAME, b"x" * 11), max_size=10) == [1009]
+
+    def test_the_fragments_count_together(self):
+        assert read(fragments(TEXT_FRAME, b"x" * 5, b"x" * 5), max_size=10) == [(TEXT_FRAME, "x" * 10)]
+        assert read(fragments(TEXT_FRAME, b"x" * 5, b"x" * 6), max_size=10) == [1009]
+
+    def test_the_size_is_counted_anew_for_each_message(self):
+        data = masked(TEXT_FRAME, b"x" * 10) * 3 + masked(PING_FRAME, b"x" * 11)
+        assert read(data, max_size=10)[-1] == (PING_FRAME, b"x" * 11)
+
+    def test_a_monstrous_length_is_refused_at_once(self):
+        assert read(b"\x82\xff" + b"\xff" * 8) in ([1002], [1009])
+        assert read(b"\x82\xff" + b"\x7f" + b"\xff" * 7) == [1009]
+
+    def test_empty_fragments_do_not_fill_memory(self):
+        reader = bayeux_server.FrameReader(100)
+        list(reader.feed(masked(TEXT_FRAME, is_final=False) + masked(0, is_final=False) * 1000))
+        kept = [value for value in vars(reader).values() if isinstance(value, list)]
+        assert sum(len(value) for value in kept) < 10
+        assert list(reader.feed(masked(0, b"end"))) == [(TEXT_FRAME, "end")]
+
+    @pytest.mark.parametrize("code", [1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 3000, 3999, 4000, 4999])
+    def test_close_codes_that_may_be_sent(self, code):
+        data = masked(CLOSE_FRAME, struct.pack("!H", code) + "Tschüs".encode())
+        assert read(data) == [(CLOSE_FRAME, (code, "Tschüs"))]
+
+    @pytest.mark.parametrize("code", [0, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65535])
+    def test_close_codes_that_may_not(self, code):
+        assert read(masked(CLOSE_FRAME, struct.pack("!H", code))) == [1002]
+
+    def test_a_close_may_have_no_code(self):
+        assert read(masked(CLOSE_FRAME)) == [(CLOSE_FRAME, (1005, ""))]
+        assert read(masked(CLOSE_FRAME, b"\x03")) == [1002]
+
+    def test_a_close_reason_is_utf8(self):
+        assert read(masked(CLOSE_FRAME, b"\x03\xe8\xff")) == [1007]
+
+    def test_close_frames_fit_and_stay_utf8(self):
+        assert bayeux_server.close_frame(1000) == b"\x88\x02\x03\xe8"
+        assert bayeux_server.close_frame(1005) == b"\x88\x00"
+        assert bayeux_server.close_frame(1001, "bye") == b"\x88\x05\x03\xe9bye"
+        for reason in ("x" * 200, "é" * 100, "x" + "é" * 100, "☃" * 60, "x😀" * 60):
+            written = bayeux_server.close_frame(1002, reason)
+            assert len(written) - 2 == written[1] <= 125
+            assert written[1] > 120
+            assert reason.startswith(written[4:].decode("utf-8"))
+
+    def test_the_answer_to_the_key(self):
+        assert bayeux_server.websocket_accept(SocketWire.KEY) == SocketWire.ACCEPT
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_any_messages_in_any_fragments_and_any_portions(self, seed):
+        """Whatever is sent is read again, however it is cut."""
+        chance = random.Random(seed)
+        data, expected = b"", []
+        for _ in range(30):
+            opcode = chance.choice([TEXT_FRAME, BINARY_FRAME])
+            text = "".join(chance.choice("aé☃😀\0\u2028") for _ in range(chance.choice([0, 3, 60, 400])))
+            payload = text.encode("utf-8")
+            cuts = sorted(chance.randint(0, len(payload)) for _ in range(chance.choice([0, 0, 1, 5])))
+            pieces = [payload[start:end] for start, end in zip([0, *cuts], [*cuts, len(payload)])]
+            for place, piece in enumerate(pieces):
+                data += masked(0 if place else opcode, piece, place == len(pieces) - 1, chance.randbytes(4))
+                if place < len(pieces) - 1 and chance.random() < 0.5:
+                    control = chance.choice([PING_FRAME, PONG_FRAME]), bytes([place])
+                    data += masked(*control)
+                    expected.append(control)
+            expected.append((opcode, text if opcode == TEXT_FRAME else payload))
+        portions = []
+        while data:
+            size = chance.choice([1, 2, 7, 100, 5000])
+            portions.append(data[:size])
+            data = data[size:]
+        assert read(*portions) == expected
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_noise_is_refused_or_waited_for(self, seed):
+        """Nothing that comes makes the reader fail in any other way than by its own error."""
+        chance = random.Random(seed)
+        for _ in range(50):
+            noise = bytes(chance.randrange(256) for _ in range(chance.randrange(60)))
+            beginning = bytes([chance.choice([0x01, 0x81, 0x02, 0x82, 0x88, 0x89]), 0x80 | chance.randrange(20)])
+            for message in read(*in_bytes(beginning + noise), max_size=1000):
+                assert isinstance(message, tuple) or message in (1002, 1007, 1009)
 
 
 # ======================================================================================
@@ -4982,6 +5532,1460 @@ def get_raw(server, target):
     """A GET whose connection may be closed after it."""
     with Wire(server) as wire:
         return wire.request("GET", target)
+
+
+# ======================================================================================
+# One conversation, over everything
+# ======================================================================================
+
+class TestConversation:
+    """The core does not know what carries its messages; so one body of text holds for all transports."""
+
+    def test_from_handshake_to_disconnect(self, medium):
+        """H1, C1, C2, S1, P1, S4, X1"""
+        call = medium()
+        ann, bob = call(), call()
+        reply, events = ann.connect()
+        assert reply["successful"] and reply["advice"]["reconnect"] == "retry" and events == []
+        assert ann.ask("/meta/subscribe", subscription="/chat/*", id=0) == {
+            "channel": "/meta/subscribe", "successful": True, "subscription": "/chat/*", "id": 0}
+        assert bob.ask("/chat/demo", data={"text": "Grüße ☃ 😀"}, id="0") == {
+            "channel": "/chat/demo", "successful": True, "id": "0"}
+        assert ann.receive(1) == [{"text": "Grüße ☃ 😀"}]
+        assert ann.ask("/meta/unsubscribe", subscription="/chat/*")["successful"]
+        assert not ann.ask("/meta/unsubscribe", subscription="/chat/*")["successful"]
+        assert ann.ask("/meta/disconnect")["successful"]
+        assert ann.ask("/chat/demo", data=1)["advice"]["reconnect"] == "handshake"
+
+    def test_order_is_kept(self, medium):
+        """P2"""
+        call = medium()
+        ann, bob = call(), call()
+        ann.connect()
+        ann.ask("/meta/subscribe", subscription=["/a", "/**"])
+        for number in range(50):
+            bob.ask("/a", data=number)
+        assert ann.receive(50) == list(range(50))
+
+    @pytest.mark.parametrize("data", [None, False, 0, "", [], {}, "\u2028", "a" * 5000])
+    def test_every_json_value_arrives(self, medium, data):
+        """G4"""
+        ann = medium()()
+        ann.connect()
+        ann.ask("/meta/subscribe", subscription="/a")
+        ann.ask("/a", data=data)
+        assert ann.receive(1) == [data]
+
+    def test_a_service_answers_its_caller(self, medium):
+        """V1"""
+        ann = medium(services={"echo": lambda message: {"data": message["data"]}})()
+        assert ann.ask("/service/echo", data="x", id=7) == {
+            "channel": "/service/echo", "successful": True, "id": 7, "data": "x"}
+        assert ann.ask("/service/none", data="x")["error"].startswith("404:")
+
+    def test_an_unknown_client_is_told_to_shake_hands(self, medium):
+        """C1"""
+        ann = medium()()
+        ann.id = "nobody"
+        reply, _ = ann.connect()
+        assert not reply["successful"]
+        assert reply["error"].startswith("402:nobody:")
+        assert reply["advice"] == {"reconnect": "handshake", "interval": 0}
+
+
+# ======================================================================================
+# §9, §10  WebSocket
+# ======================================================================================
+
+class TestWebSocket:
+    """T4, over real sockets."""
+
+    # -- The upgrade -----------------------------------------------------------------------
+
+    @pytest.mark.parametrize(("changes", "status"), [
+        ({}, 101),
+        ({"Upgrade": "WebSocket"}, 101),
+        ({"Connection": "keep-alive, Upgrade"}, 101),
+        ({"Connection": "upgrade"}, 101),
+        ({"Connection": None}, 400),
+        ({"Connection": "keep-alive"}, 400),
+        ({"Sec_WebSocket_Key": None}, 400),
+        ({"Sec_WebSocket_Key": "short"}, 400),
+        ({"Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ"}, 400),
+        ({"Sec_WebSocket_Version": "8"}, 426),
+        ({"Sec_WebSocket_Version": None}, 426),
+    ])
+    def test_what_an_upgrade_needs(self, server, changes, status):
+        with Wire(server) as wire:
+            answer = wire.request("GET", "/cometd", **upgrade_headers(**changes))
+            assert answer.status == status
+            if status == 426:
+                assert answer.headers["sec-websocket-version"] == "13"
+            if status != 101:
+                assert answer.batch[0]["successful"] is False
+                assert wire.post({"channel": "/meta/handshake", "version": "1.0"})[0]["successful"]
+
+    def test_http_1_0_is_not_upgraded(self, server):
+        with Wire(server) as wire:
+            wire.send("GET /cometd HTTP/1.0\r\n" + header_lines() + "\r\n")
+            assert wire.read_answer().status == 400
+
+    def test_a_path_below_ours_will_do(self, server):
+        with Wire(server) as wire:
+            assert wire.request("GET", "/cometd/websocket", **upgrade_headers()).status == 101
+
+    def test_a_foreign_origin_is_refused(self, serve):
+        """T6"""
+        with Wire(serve(allowed_origins=["https://good.example"])) as wire:
+            for origin in ("https://bad.example", "http://good.example", "https://good.example.bad.example", "null"):
+                assert wire.request("GET", "/cometd", **upgrade_headers(Origin=origin)).status == 403
+
+    @pytest.mark.parametrize("origin", ["https://good.example", "http://127.0.0.1", None])
+    def test_an_allowed_origin_our_own_and_none_are_welcome(self, serve, origin):
+        """T6"""
+        server = serve(allowed_origins=["https://good.example"])
+        with SocketWire(server, Origin=origin) as wire:
+            assert wire.ask_batch({"channel": "/meta/handshake", "version": "1.0"})[0]["successful"]
+
+    def test_what_we_do_not_know_is_not_agreed_on(self, server):
+        """T4: a subprotocol, an extension"""
+        with Wire(server) as wire:
+            answer = wire.request("GET", "/cometd", **upgrade_headers(
+                Sec_WebSocket_Protocol="cometd, bayeux", Sec_WebSocket_Extensions="permessage-deflate"))
+            assert answer.status == 101
+            assert "sec-websocket-protocol" not in answer.headers
+            assert "sec-websocket-extensions" not in answer.headers
+
+    def test_another_upgrade_than_ours_is_not_taken(self, server):
+        """RFC 9110: a server may ignore an upgrade that it does not know."""
+        with Wire(server) as wire:
+            message = urllib.parse.quote(json.dumps({"channel": "/meta/handshake", "version": "1.0"}))
+            answer = wire.request("GET", "/cometd?message=" + message, Upgrade="h2c", Connection="Upgrade")
+            assert answer.status == 200
+
+    def test_frames_right_behind_the_upgrade_request(self, server):
+        with Wire(server) as wire:
+            head = "GET /cometd HTTP/1.1\r\nHost: 127.0.0.1\r\n" + header_lines() + "\r\n"
+            message = b'[{"channel": "/meta/handshake", "version": "1.0"}]'
+            wire.send(head.encode() + masked(TEXT_FRAME, message) + masked(PING_FRAME, b"p"))
+            assert wire.read_answer().status == 101
+            wire.__class__ = SocketWire         # from here on it speaks frames
+            assert wire.read_batch()[0]["successful"]
+            assert wire.read_frame() == (PONG_FRAME, b"p")
+
+    def test_an_upgrade_behind_a_held_connect(self, server):
+        with Peer(server) as peer:
+            peer.send_connect(id=1)
+            peer.send_request("GET", "/cometd", **upgrade_headers())
+            assert peer.read_answer().batch[0]["id"] == 1
+            assert peer.read_answer().status == 101
+
+    # -- Batches ---------------------------------------------------------------------------
+
+    def test_batches_go_both_ways(self, server):
+        """G1: one frame in, one frame out, a reply each, in order"""
+        with SocketWire(server) as wire:
+            client_id = wire.ask_batch({"channel": "/meta/handshake", "version": "1.0"})[0]["clientId"]
+            replies = wire.ask_batch(
+                {"channel": "/meta/subscribe", "clientId": client_id, "subscription": "/a", "id": 1},
+                {"channel": "/a", "clientId": client_id, "data": "x", "id": 2},
+                {"channel": "/nonsense/**", "clientId": client_id, "id": 3}, "no object",
+                {"channel": "/meta/unsubscribe", "clientId": client_id, "subscription": "/a", "id": 4})
+            assert [reply.get("id") for reply in replies] == [1, 2, 3, None, 4]
+            assert [reply["successful"] for reply in replies] == [True, True, False, False, True]
+
+    def test_a_lone_message_is_a_batch_too(self, server):
+        with SocketWire(server) as wire:
+            wire.send_frame(TEXT_FRAME, b'{"channel": "/meta/handshake", "version": "1.0"}')
+            assert wire.read_batch()[0]["successful"]
+
+    def test_a_batch_in_fragments(self, server):
+        with SocketWire(server) as wire:
+            message = '[{"channel": "/meta/handshake", "version": "1.0", "id": "é"}]'.encode()
+            wire.send(fragments(TEXT_FRAME, *in_bytes(message)))
+            assert wire.read_batch()[0]["id"] == "é"
+
+    def test_frames_that_come_together_are_answered_in_order(self, server):
+        with SocketPeer(server) as peer:
+            peer.send(b"".join(masked(TEXT_FRAME, json.dumps({
+                "channel": "/a", "clientId": peer.id, "data": "x", "id": number}).encode()) for number in range(200)))
+            assert [peer.read_batch()[0]["id"] for _ in range(200)] == list(range(200))
+
+    @pytest.mark.parametrize("text", ["", "x", "[", "[]", "null", '"x"', '{"a": 1, "a": 2}', "[NaN]", "[" * 200])
+    def test_what_holds_no_batch_is_refused_and_the_socket_lives(self, server, text):
+        """G5"""
+        with SocketWire(server) as wire:
+            wire.send_frame(TEXT_FRAME, text.encode())
+            batch = wire.read_batch()
+            assert len(batch) == 1
+            assert batch[0]["successful"] is False
+            assert batch[0]["error"].startswith("400:")
+            assert wire.ask_batch({"channel": "/meta/handshake", "version": "1.0"})[0]["successful"]
+
+    @pytest.mark.parametrize("letter", ["x", "é", "☃"])
+    def test_a_message_too_large_is_refused_and_its_neighbours_are_not(self, serve, letter):
+        """T4: bytes are counted, whatever the characters"""
+        with SocketPeer(serve(max_message_size=3000)) as peer:
+            data = letter * (3000 // len(letter.encode()))
+            peer.send_frame(TEXT_FRAME, json.dumps([
+                {"channel": "/a", "clientId": peer.id, "data": data, "id": 1},
+                {"channel": "/a", "clientId": peer.id, "data": "small", "id": 2}], ensure_ascii=False).encode())
+            large, small = peer.read_batch()
+            assert large["id"] == 1 and large["error"].startswith("413:")
+            assert small["id"] == 2 and small["successful"]
+
+    # -- Events ----------------------------------------------------------------------------
+
+    def test_events_leave_as_frames_of_their_own(self, server):
+        """T4: the connect goes on being held"""
+        with SocketPeer(server) as peer:
+            peer.subscribe("/a")
+            held = peer.hold()
+            for number in range(3):
+                server.publish("/a", number)
+                assert peer.read_batch() == [{"channel": "/a", "data": number}]
+            assert peer.ask("/meta/connect", connectionType="websocket", advice={"timeout": 0})["successful"]
+            assert peer.reply(held)["successful"]
+
+    def test_events_need_no_held_connect(self, server):
+        with SocketPeer(server) as peer:
+            peer.subscribe("/a")
+            server.publish("/a", "x")
+            assert peer.receive(1) == ["x"]
+
+    def test_a_held_connect_is_released_by_its_timeout(self, serve):
+        """C2"""
+        with SocketPeer(serve(timeout=0.05)) as peer:
+            for _ in range(3):
+                reply = peer.connect()
+                assert reply["successful"] and reply["channel"] == "/meta/connect"
+            assert peer.events == []
+
+    def test_a_newer_connect_releases_the_older(self, server):
+        """C3"""
+        with SocketPeer(server) as peer:
+            first, second = peer.hold(), peer.hold()
+            assert peer.reply(first)["successful"]
+            assert not any(reply["id"] == second for reply in peer.replies)
+            assert peer.ask("/meta/disconnect")["successful"]
+            assert peer.reply(second)["advice"]["reconnect"] == "none"
+
+    def test_waiting_events_leave_together_but_not_too_many(self, serve):
+        """max_frame_events"""
+        server = serve(max_frame_events=3)
+        with SocketWire(server) as wire:
+            client_id = wire.ask_batch({"channel": "/meta/handshake", "version": "1.0"})[0]["clientId"]
+            server.subscribe("/a", client_id)
+            for number in range(7):
+                server.publish("/a", number)
+            wire.send_batch({"channel": "/meta/connect", "clientId": client_id, "connectionType": "websocket"})
+            batches = [wire.read_batch() for _ in range(4)]
+            frames = [[event["data"] for event in batch] for batch in batches if "successful" not in batch[0]]
+            assert frames == [[0, 1, 2], [3, 4, 5], [6]]
+
+    def test_two_sessions_on_one_socket(self, server):
+        with SocketPeer(server) as peer:
+            ann = peer.id
+            peer.subscribe("/a")
+            peer.id = bob = peer.ask("/meta/handshake", version="1.0")["clientId"]
+            peer.subscribe("/b")
+            assert peer.connect(timeout=0)["successful"]
+            server.publish("/a", "to ann")
+            server.publish("/b", "to bob")
+            assert sorted(peer.receive(2)) == ["to ann", "to bob"]
+            assert {session.id for session in server.sessions} == {ann, bob}
+
+    # -- Sessions outlive sockets ----------------------------------------------------------
+
+    def test_a_new_socket_carries_on_a_live_session(self, server):
+        """T4"""
+        with SocketPeer(server) as first:
+            first.subscribe("/a")
+            with SocketPeer(server, client_id=first.id) as second:
+                server.publish("/a", "x")
+                assert second.receive(1) == ["x"]
+                first.close()
+                server.publish("/a", "y")
+                assert second.receive(1) == ["y"]
+
+    def test_a_hang_up_keeps_the_session_and_its_events(self, server):
+        """C6"""
+        with SocketPeer(server) as first:
+            first.subscribe("/a")
+            first.hold()
+            session = session_of(server, first.id)
+            wait_until(lambda: session.hold is not None)
+        wait_until(lambda: session.stream is None and session.hold is None)
+        for number in range(3):
+            server.publish("/a", number)
+        with SocketPeer(server, client_id=first.id) as second:
+            assert second.receive(3) == [0, 1, 2]
+
+    def test_changing_the_transport_keeps_order_and_loses_nothing(self, server):
+        """C6, P2"""
+        total, taken, is_over = 300, [], threading.Event()
+        with Wire(server) as polling, LocalClient(server) as publisher:
+            client_id = polling.post({"channel": "/meta/handshake", "version": "1.0"})[0]["clientId"]
+            connect = CorePeer.connect_message(client_id)
+            polling.post(connect)
+            server.subscribe("/a", client_id)
+
+            def publish():
+                for number in range(total):
+                    publisher.publish("/a", number)
+                    is_over.wait(0.001)
+
+            thread = threading.Thread(target=publish)
+            thread.start()
+            while len(taken) < total:
+                taken += [event["data"] for event in polling.post(connect)[1:]]
+                if len(taken) < total:
+                    with SocketPeer(server, client_id=client_id) as peer:
+                        taken += peer.receive(1)
+                        polled = polling.post({**connect, "advice": {"timeout": 0}})[1:]
+                        peer.send_frame(CLOSE_FRAME)
+                        opcode, payload = peer.read_frame()
+                        while opcode == TEXT_FRAME:               # what had left before the transport changed
+                            peer.events += [each for each in json.loads(payload) if "successful" not in each]
+                            opcode, payload = peer.read_frame()
+                        taken += peer.receive(len(peer.events)) + [event["data"] for event in polled]
+            thread.join()
+        assert taken == list(range(total))
+
+    def test_a_slow_reader_costs_little_and_loses_nothing(self, serve):
+        """Its events wait in the session, not in the output."""
+        server = serve(max_frame_events=10)
+        size, total = 25_000, 400
+        with SocketPeer(server) as peer, SocketPeer(server) as bystander:
+            peer.subscribe("/a")
+            session = session_of(server, peer.id)
+            for number in range(total):
+                server.publish("/a", [number, "x" * size])
+            wait_until(lambda: any(connection.output for connection in server.watch.connections))
+            assert session.waiting > total // 4
+            assert max(len(connection.output) for connection in server.watch.connections) < 11 * size
+            bystander.publish("/b", "nobody else has to wait")
+            assert [data[0] for data in peer.receive(total)] == list(range(total))
+
+    def test_a_hang_up_puts_back_what_was_not_written(self, serve):
+        """C6"""
+        server = serve(max_frame_events=10)
+        total = 400
+        with SocketPeer(server) as peer:
+            peer.subscribe("/a")
+            session = session_of(server, peer.id)
+            for number in range(total):
+                server.publish("/a", [number, "x" * 25_000])
+            wait_until(lambda: any(connection.output for connection in server.watch.connections))
+            waiting = len(session.queue)
+        wait_until(lambda: session.stream is None)
+        assert waiting < len(session.queue) <= total        # the frame that was under way is back
+        with SocketPeer(server, client_id=peer.id) as second:
+            numbers = [data[0] for data in second.receive(1)]
+            while numbers[-1] != total - 1:
+                numbers += [data[0] for data in second.receive(1)]
+        assert numbers == list(range(numbers[0], total))
+        assert len(numbers) > waiting
+
+    def test_a_closing_socket_takes_no_events_and_no_time(self, server):
+        """C6: what cannot be written waits, and is not tried again and again"""
+        with SocketPeer(server) as peer:
+            peer.subscribe("/a")
+            sent, send = [], server.core.send
+            server.core.send = lambda answer: sent.append(answer) or send(answer)
+            peer.send_frame(CLOSE_FRAME, b"\x03\xe8")
+            assert peer.read_frame() == (CLOSE_FRAME, b"\x03\xe8")
+            server.publish("/a", "x")               # the socket is still open on our side
+            with SocketPeer(server) as other:
+                for _ in range(20):
+                    other.publish("/b", "time passes")
+            with SocketPeer(server, client_id=peer.id) as second:
+                assert second.receive(1) == ["x"]
+            events = [answer for answer in sent if [event.channel for event in answer.events] == ["/a"]]
+            assert len(events) < 5
+
+    # -- Threads ---------------------------------------------------------------------------
+
+    def test_an_idle_socket_costs_no_thread(self, server):
+        peers = [SocketPeer(server) for _ in range(10)]
+        before = threading.active_count()
+        peers += [SocketPeer(server) for _ in range(190)]
+        for peer in peers:
+            peer.subscribe("/a")
+            peer.hold()
+        assert threading.active_count() <= before + 2
+        server.publish("/a", "to all")
+        for peer in peers:
+            assert peer.receive(1) == ["to all"]
+            peer.close()
+
+    def test_a_slow_service_harms_nobody_else(self, serve):
+        entered, leave = threading.Event(), threading.Event()
+
+        def slow(message):
+            entered.set()
+            assert leave.wait(PATIENCE)
+
+        server = serve(services={"slow": slow})
+        with SocketPeer(server) as peer, SocketPeer(server) as other:
+            first, second = peer.begin("/service/slow", data=1), peer.begin("/a", data=2)
+            assert entered.wait(PATIENCE)
+            other.subscribe("/b")
+            server.publish("/b", "still here")
+            assert other.receive(1) == ["still here"]
+            leave.set()
+            while len(peer.replies) < 2:
+                peer.sort()
+            assert [reply["id"] for reply in peer.replies] == [first, second]
+
+    def test_what_is_sent_while_a_service_is_slow_reaches_the_socket(self, serve):
+        """Events do not wait for the replies of the same socket."""
+        leave, entered = threading.Event(), threading.Event()
+        server = serve(services={"slow": lambda message: entered.set() or leave.wait(PATIENCE) and None})
+        with SocketPeer(server) as peer:
+            peer.subscribe("/a")
+            slow = peer.begin("/service/slow", data=1)
+            assert entered.wait(PATIENCE)
+            server.publish("/a", "x")
+            assert peer.receive(1) == ["x"]
+            leave.set()
+            assert peer.reply(slow)["successful"]
+
+    def test_a_socket_whose_message_is_being_handled_is_not_dropped(self, serve):
+        """Nobody could read its pong."""
+        entered, leave = threading.Event(), threading.Event()
+        server = serve(request_timeout=0.2, services={"slow": lambda message: entered.set() or leave.wait(PATIENCE)
+                                                      and None})
+        with SocketPeer(server) as peer:
+            slow = peer.begin("/service/slow", data=1)
+            assert entered.wait(PATIENCE)
+            connection, = server.watch.connections
+            for _ in range(3):
+                connection.deadline, sweep = 0.0, server.watch._next_sweep
+                wait_until(lambda before=sweep: server.watch._next_sweep > before, "a look at the deadlines")
+            leave.set()
+            opcode, payload = peer.read_frame()
+            while opcode == PING_FRAME:
+                opcode, payload = peer.read_frame()
+            assert json.loads(payload)[0]["id"] == slow
+
+    # -- Ping ------------------------------------------------------------------------------
+
+    def test_a_ping_is_answered_with_its_payload(self, server):
+        with SocketWire(server) as wire:
+            for payload in (b"", b"hello", b"\0\xff" * 62):
+                wire.send_frame(PING_FRAME, payload)
+                assert wire.read_frame() == (PONG_FRAME, payload)
+
+    def test_an_unasked_pong_does_no_harm(self, server):
+        with SocketWire(server) as wire:
+            wire.send_frame(PONG_FRAME, b"here I am")
+            wire.send_frame(PING_FRAME, b"x")
+            assert wire.read_frame() == (PONG_FRAME, b"x")
+
+    def test_an_idle_peer_is_pinged_again_and_again_and_dropped_when_silent(self, serve):
+        server = serve(request_timeout=0.2)         # the watch looks at its deadlines every quarter of it
+        with SocketPeer(server) as peer:
+            connection, = server.watch.connections
+            for _ in range(3):
+                let_time_pass(server)
+                opcode, payload = peer.read_frame()
+                assert opcode == PING_FRAME
+                deadline = connection.deadline
+                peer.send_frame(PONG_FRAME, payload)
+                wait_until(lambda before=deadline: before < connection.deadline < float("inf"), "the pong's effect")
+            assert peer.ask("/a", data=1)["successful"]
+            session = session_of(server, peer.id)
+            let_time_pass(server)
+            assert peer.read_frame()[0] == PING_FRAME
+            let_time_pass(server)
+            assert peer.read_frame() is None
+            wait_until(lambda: session.stream is None)
+            assert session.ended is None
+
+    def test_ping_interval_is_the_time(self, serve):
+        with SocketWire(serve(ping_interval=0.05, request_timeout=0.2)) as wire:
+            assert wire.read_frame()[0] == PING_FRAME
+            assert wire.read_frame() is None
+
+    def test_without_ping_interval_nobody_is_pinged(self, serve):
+        server = serve(ping_interval=0)
+        with SocketWire(server) as wire:
+            assert wire.ask_batch({"channel": "/meta/handshake", "version": "1.0"})[0]["successful"]
+            connection, = server.watch.connections
+            wait_until(lambda: connection.deadline == float("inf"))
+
+    # -- The end ---------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("payload", [b"", b"\x03\xe8", b"\x03\xe9going", b"\x0f\xa0mine"])
+    def test_a_close_is_answered_with_its_own_code(self, server, payload):
+        with SocketWire(server) as wire:
+            wire.send_frame(CLOSE_FRAME, payload)
+            assert wire.read_frame() == (CLOSE_FRAME, payload[:2])
+            assert wire.read_frame() is None
+
+    def test_nothing_is_taken_behind_a_close(self, server):
+        with SocketPeer(server) as peer:
+            peer.send(masked(CLOSE_FRAME, b"\x03\xe8") + masked(TEXT_FRAME, json.dumps(
+                {"channel": "/meta/disconnect", "clientId": peer.id}).encode()) + masked(PING_FRAME))
+            assert peer.read_frame() == (CLOSE_FRAME, b"\x03\xe8")
+            assert peer.read_frame() is None
+            assert [session.id for session in server.sessions] == [peer.id]
+
+    @pytest.mark.parametrize(("data", "code"), [
+        (b"\x81\x02hi", 1002),
+        (masked(TEXT_FRAME, b"", reserved=0x40), 1002),
+        (masked(0, b"x"), 1002),
+        (masked(3), 1002),
+        (masked(CLOSE_FRAME, b"\x03\xee"), 1002),
+        (masked(BINARY_FRAME, b"[]"), 1003),
+        (masked(TEXT_FRAME, b"\xff"), 1007),
+        (masked(TEXT_FRAME, b"x" * 5001), 1009),
+        (masked(TEXT_FRAME, b"x" * 5001)[:8], 1009),
+        (fragments(TEXT_FRAME, b"x" * 3000, b"x" * 3000), 1009),
+    ])
+    def test_a_broken_rule_closes_the_socket_and_not_the_session(self, serve, data, code):
+        server = serve(max_request_size=5000)
+        with SocketPeer(server) as peer:
+            peer.subscribe("/a")
+            peer.send(data)
+            found, reason = peer.read_close()
+            assert found == code
+            assert reason
+            server.publish("/a", "still there")
+            with SocketPeer(server, client_id=peer.id) as second:
+                assert second.receive(1) == ["still there"]
+
+    def test_the_servers_end_is_going_away(self, server):
+        with SocketPeer(server) as peer:
+            held = peer.hold()
+            session = session_of(server, peer.id)
+            wait_until(lambda: session.hold is not None)
+            stopping = threading.Thread(target=server.shutdown)
+            stopping.start()
+            assert peer.reply(held)["advice"]["reconnect"] == "retry"
+            assert peer.read_close()[0] == 1001
+            stopping.join(PATIENCE)
+            assert not stopping.is_alive()
+
+    def test_what_was_published_before_the_servers_end_arrives(self, server):
+        with SocketPeer(server) as peer:
+            peer.subscribe("/a")
+            peer.hold()
+            session = session_of(server, peer.id)
+            wait_until(lambda: session.hold is not None)
+            for number in range(20):
+                server.publish("/a", number)
+            server.shutdown()
+            assert peer.receive(20) == list(range(20))
+
+    def test_a_disconnect_leaves_the_socket_open(self, server):
+        """X1"""
+        with SocketPeer(server) as peer:
+            held = peer.hold()
+            assert peer.ask("/meta/disconnect")["successful"]
+            assert peer.reply(held)["advice"]["reconnect"] == "none"
+            assert peer.ask("/a", data=1)["error"].startswith("402:")
+            peer.id = None
+            assert peer.ask("/meta/handshake", version="1.0")["successful"]
+
+    # -- The rest --------------------------------------------------------------------------
+
+    def test_through_tls(self, serve_tls, tls):
+        server = serve_tls(max_frame_events=3)
+        with SocketPeer(server, tls) as peer:
+            peer.subscribe("/a")
+            peer.publish("/a", "é" * 5000)
+            assert peer.receive(1) == ["é" * 5000]
+            for number in range(30):
+                server.publish("/a", [number, "x" * 50_000])
+            assert [data[0] for data in peer.receive(30)] == list(range(30))
+            peer.send_frame(CLOSE_FRAME, b"\x03\xe8")
+            assert peer.read_frame() == (CLOSE_FRAME, b"\x03\xe8")
+
+    def test_a_socket_counts_among_the_requests_of_its_address(self, serve):
+        server = serve(client_max_connections=2)
+        with SocketWire(server), SocketWire(server) as second, Wire(server) as third:
+            assert third.request("GET", "/cometd", **upgrade_headers()).status == 503
+            second.close()
+            wait_until(lambda: third.request("GET", "/cometd", **upgrade_headers()).status == 101)
+
+    def test_a_bound_session_needs_the_cookie_on_the_socket_too(self, serve):
+        """T7"""
+        server = serve(bind_sessions=True)
+        with Wire(server) as wire:
+            wire.send_post({"channel": "/meta/handshake", "version": "1.0"})
+            answer = wire.read_answer()
+            client_id, cookie = answer.batch[0]["clientId"], answer.headers["set-cookie"].split(";")[0]
+        connect = {"channel": "/meta/connect", "clientId": client_id, "connectionType": "websocket"}
+        with SocketWire(server) as thief:
+            assert thief.ask_batch(connect)[0]["error"].startswith("402:")
+        with SocketWire(server, Cookie=cookie) as owner:
+            assert owner.ask_batch(connect)[0]["successful"]
+
+
+class TestOutput:
+    """What a connection says of the frames that waited for a slow peer."""
+
+    class Watch:
+        patience = 30
+
+        def resume(self, connection):
+            """Nobody watches: the test flushes."""
+
+    class Protocol:
+        def lost(self, connection):
+            """Nobody is told."""
+
+    def test_each_frame_is_told_of_by_itself(self):
+        """C6: what left whole before a hang-up does not come again"""
+        ours, peers = socket.socketpair()
+        ours.setblocking(False)
+        peers.setblocking(False)
+        connection, told = bayeux_server.Connection(ours, "", self.Watch(), self.Protocol()), []
+        frames = [bytes([number]) * 1_000_000 for number in range(3)]
+        for number, data in enumerate(frames):
+            assert connection.push(data, when_written=lambda is_written, number=number: told.append(
+                (number, is_written))) is None
+        received = b""
+        while told != [(0, True)]:
+            received += peers.recv(100_000)
+            connection.flush()
+        assert received == frames[0][:len(received)]
+        connection.close()
+        peers.close()
+        assert told == [(0, True), (1, False), (2, False)]
+
+    def test_what_is_pushed_behind_waiting_output_stays_behind(self):
+        ours, peers = socket.socketpair()
+        ours.setblocking(False)
+        connection = bayeux_server.Connection(ours, "", self.Watch(), self.Protocol())
+        assert connection.push(b"a" * 1_000_000) is None
+        assert connection.push(b"b") is None
+        received = b""
+        while len(received) < 1_000_001:
+            connection.flush()
+            received += peers.recv(100_000)
+        assert received == b"a" * 1_000_000 + b"b"
+        assert connection.push(b"c") is True
+        assert peers.recv(10) == b"c"
+        connection.close()
+        peers.close()
+        assert connection.push(b"d") is False
+
+
+class TestStream:
+    """What the core does with a connection on which events leave at any time, without a network."""
+
+    def begin(self, core, stream):
+        """A session whose events go to the stream; its id."""
+        client_id = core.handshake(connect=False)
+        core.subscribe(client_id, "/a", "/lazy/a")
+        assert core.core.attach(client_id, stream)
+        return client_id
+
+    def test_the_events_of_a_lost_frame_come_first_again(self, core):
+        """C6"""
+        stream = FakeStream()
+        client_id = self.begin(core, stream)
+        stream.outcome = False
+        core.core.publish("/a", 1)
+        with core.core.condition:
+            answer, = core.core.take_answers(10)
+        core.core.publish("/a", 2)
+        core.core.detach(stream)
+        core.core.settle_later(answer, False)
+        assert [event["data"] for event in core.events(client_id)] == [1, 2]
+
+    def test_nothing_leaves_while_a_frame_is_in_flight(self, core):
+        stream = FakeStream()
+        self.begin(core, stream)
+        core.core.publish("/a", 1)
+        with core.core.condition:
+            answer, = core.core.take_answers(10)
+        core.core.publish("/a", 2)
+        core.core.publish("/a", 3)
+        core.work()
+        assert stream.batches == []
+        core.core.settle_later(answer, True)
+        core.work()
+        assert stream.data == [[2, 3]]
+
+    def test_a_connect_over_another_transport_takes_the_events_away(self, core):
+        stream = FakeStream()
+        client_id = self.begin(core, stream)
+        core.core.publish("/a", 1)
+        core.work()
+        assert [event["data"] for event in core.events(client_id)] == []
+        core.core.publish("/a", 2)
+        core.work()
+        assert stream.data == [[1]]
+        assert [event["data"] for event in core.events(client_id)] == [2]
+
+    def test_an_unknown_session_cannot_be_attached_to(self, core):
+        assert core.core.attach("nobody", FakeStream()) is False
+
+
+# ======================================================================================
+# Acknowledged delivery
+# ======================================================================================
+
+def ack_of(reply):
+    return reply["ext"]["ack"]
+
+
+class TestAcknowledge:
+    """E1: over everything."""
+
+    @pytest.fixture
+    def call(self, medium):
+        return lambda options=None, **fields: medium(**(options or {}))(**{"ext": {"ack": True}, **fields})
+
+    def test_both_sides_say_so(self, call):
+        assert call().handshake["ext"] == {"ack": True}
+
+    @pytest.mark.parametrize("ext", [{}, {"ack": False}, {"ack": None}, {"ack": "true"}, [], "x"])
+    def test_who_does_not_ask_gets_none(self, call, ext):
+        caller = call(ext=ext)
+        assert "ext" not in caller.handshake
+        assert "ext" not in caller.connect()[0]
+
+    def test_not_offered_when_switched_off(self, call):
+        caller = call({"ack": False})
+        assert "ext" not in caller.handshake
+        assert "ext" not in caller.connect()[0]
+
+    def test_batch_numbers_rise_from_1(self, call):
+        caller = call()
+        assert [ack_of(caller.connect(number)[0]) for number in range(5)] == [1, 2, 3, 4, 5]
+
+    @pytest.mark.parametrize("beginning", [-1, 0, None, ""])
+    def test_a_client_may_begin_with_anything(self, call, beginning):
+        caller = call()
+        reply, events = caller.connect(beginning)
+        assert (ack_of(reply), events) == (1, [])
+        caller.ask("/meta/subscribe", subscription="/a")
+        caller.ask("/a", data="x")
+        reply, events = caller.connect(1)
+        assert (ack_of(reply), events) == (2, ["x"])
+        assert caller.connect(2)[1] == []
+
+    def begin(self, caller):
+        """A session past its first connect, subscribed to /a; the last number it has seen."""
+        reply, _ = caller.connect(-1)
+        assert caller.ask("/meta/subscribe", subscription="/a")["successful"]
+        return ack_of(reply)
+
+    def test_a_reply_takes_no_more_than_a_frame_may_hold(self, serve):
+        """max_frame_events; the rest comes with the next one"""
+        server = serve(max_frame_events=3)
+        with SocketPeer(server, ext={"ack": True}) as peer:
+            peer.subscribe("/a")
+            for number in range(5):
+                server.publish("/a", number)
+            peer.hold(ext={"ack": 1})
+            assert [event["data"] for event in peer.read_batch()[1:]] == [0, 1, 2]
+            peer.hold(ext={"ack": 2})
+            assert [event["data"] for event in peer.read_batch()[1:]] == [3, 4]
+
+    def test_what_was_acknowledged_does_not_come_again(self, call):
+        caller = call()
+        seen = self.begin(caller)
+        for number in range(3):
+            caller.ask("/a", data=number)
+            reply, events = caller.connect(seen)
+            assert events == [number]
+            seen = ack_of(reply)
+        assert caller.connect(seen)[1] == []
+
+    def test_a_held_connect_brings_events_and_its_number(self, call):
+        """Over WebSocket, too, events leave with the reply to a connect, as soon as there are some."""
+        caller = call()
+        seen = self.begin(caller)
+        caller.ask("/a", data="x")
+        reply, events = caller.wait(seen)
+        assert (reply["successful"], ack_of(reply), events) == (True, seen + 1, ["x"])
+
+    def test_a_lost_reply_is_delivered_again_in_order_and_once(self, call):
+        caller = call()
+        seen = self.begin(caller)
+        caller.ask("/a", data=1)
+        caller.ask("/a", data=2)
+        assert caller.connect(seen)[1] == [1, 2]        # this reply is lost, as the client sees it
+        caller.lose_connection()
+        caller.ask("/a", data=3)
+        assert caller.connect(seen)[1] == [1, 2, 3]     # and so is this one
+        caller.lose_connection()
+        caller.ask("/a", data=4)
+        reply, events = caller.connect(seen)
+        assert events == [1, 2, 3, 4]
+        assert caller.connect(ack_of(reply))[1] == []
+
+    def test_only_what_is_newer_comes_again(self, call):
+        caller = call()
+        seen = self.begin(caller)
+        caller.ask("/a", data=1)
+        first, _ = caller.connect(seen)
+        caller.ask("/a", data=2)
+        caller.connect(ack_of(first))                   # lost
+        caller.ask("/a", data=3)
+        assert caller.connect(ack_of(first))[1] == [2, 3]
+
+    def test_the_numbers_go_on_rising(self, call):
+        caller = call()
+        seen = self.begin(caller)
+        caller.ask("/a", data=1)
+        numbers = []
+        for _ in range(3):
+            reply, events = caller.connect(seen)        # each is lost
+            numbers.append(ack_of(reply))
+            assert events == [1]
+        assert numbers == [seen + 1, seen + 2, seen + 3]
+        assert caller.connect(numbers[-1])[1] == []
+
+    @pytest.mark.parametrize("nonsense", [None, "3", [], {}, True, ""])
+    def test_a_nonsensical_number_acknowledges_nothing(self, call, nonsense):
+        caller = call()
+        seen = self.begin(caller)
+        caller.ask("/a", data=1)
+        assert caller.connect(seen)[1] == [1]
+        assert caller.connect(nonsense)[1] == [1]
+
+    def test_bounded_by_max_queue(self, call):
+        """What is not acknowledged counts among what waits."""
+        caller = call({"max_queue": 5})
+        seen = self.begin(caller)
+        for number in range(5):
+            caller.ask("/a", data=number)
+            assert caller.connect(seen)[1] == list(range(number + 1))
+        caller.ask("/a", data="one too many")
+        reply, _ = caller.connect(seen)
+        assert reply["error"].startswith("402:")
+        assert "queue overflow" in reply["error"]
+
+    def test_combined_with_timesync(self, call):
+        """E2"""
+        caller = call(ext={"ack": True, "timesync": {"tc": 5, "l": 0, "o": 0}})
+        assert caller.handshake["ext"]["ack"] is True
+        assert caller.handshake["ext"]["timesync"]["tc"] == 5
+        caller.connect_message = lambda is_held, ack: caller.message(
+            "/meta/connect", connectionType=caller.connection_type, advice={"timeout": 0 if not is_held else 50},
+            ext={"ack": ack, "timesync": {"tc": 6, "l": 0, "o": 0}})
+        for number, connect in enumerate([caller.connect, caller.connect]):
+            reply, _ = connect(number)
+            assert ack_of(reply) == number + 1
+            assert reply["ext"]["timesync"]["tc"] == 6
+
+    def test_a_held_connect_combined_with_timesync(self, core):
+        """E2"""
+        client_id = core.handshake(ext={"ack": True})
+        exchange = core.hold(client_id, ext={"ack": 1, "timesync": {"tc": 6, "l": 0, "o": 0}})
+        core.pass_time(30)
+        reply, = exchange.answer
+        assert ack_of(reply) == 2
+        assert reply["ext"]["timesync"]["tc"] == 6
+
+    def test_a_reply_that_could_not_be_written(self, core):
+        client_id = core.handshake(ext={"ack": True})
+        core.subscribe(client_id, "/a")
+        lost = core.send(core.connect_message(client_id, ext={"ack": 1}), is_broken=True)
+        core.core.publish("/a", 1)
+        core.work()
+        assert lost.answer is None
+        core.core.publish("/a", 2)
+        exchange = core.send(core.connect_message(client_id, ext={"ack": 1}))
+        core.work()
+        assert [event["data"] for event in exchange.answer[1:]] == [1, 2]
+
+    def test_a_connect_that_releases_an_older_one(self, core):
+        """C3: the events go with the newer"""
+        client_id = core.handshake(ext={"ack": True})
+        core.subscribe(client_id, "/a")
+        older = core.hold(client_id, ext={"ack": 1})
+        newer = core.hold(client_id, ext={"ack": 1})
+        core.core.publish("/a", 1)
+        core.work()
+        assert [ack_of(older.answer[0]), ack_of(newer.answer[0])] == [2, 3]
+        assert (older.answer[1:], newer.answer[1:]) == ([], [{"channel": "/a", "data": 1}])
+
+    def test_it_survives_a_change_of_transport(self, serve):
+        server = serve()
+        caller = PollingCaller(server, ext={"ack": True})
+        seen = self.begin(caller)
+        expected = []
+        for turn in range(6):
+            caller.ask("/a", data=turn)
+            expected.append(turn)
+            reply, events = caller.connect(seen)
+            assert events == expected
+            caller.close()                              # lost; and now over the other one
+            caller.__class__ = SocketCaller if isinstance(caller, PollingCaller) else PollingCaller
+            caller.open()
+            if turn == 3:                               # but this once it was seen
+                seen, expected = ack_of(reply), []
+        caller.close()
+
+    def test_events_over_a_socket_come_with_replies_only(self, server):
+        with SocketPeer(server, ext={"ack": True}) as peer:
+            peer.subscribe("/a")
+            server.publish("/a", "x")
+            peer.send_frame(PING_FRAME, b"nothing before this")
+            assert peer.read_frame() == (PONG_FRAME, b"nothing before this")
+            held = peer.hold(ext={"ack": 1})
+            connect, event = peer.read_batch()
+            assert (connect["id"], event["data"]) == (held, "x")
+
+    def test_a_held_connect_on_a_socket_that_hangs_up(self, server):
+        """C6"""
+        with SocketPeer(server, ext={"ack": True}) as peer:
+            peer.subscribe("/a")
+            peer.hold(ext={"ack": 1})
+            session = session_of(server, peer.id)
+            wait_until(lambda: session.hold is not None)
+        server.publish("/a", "x")
+        caller = SocketCaller.__new__(SocketCaller)
+        caller.core, caller.id = server, peer.id
+        caller.open()
+        assert caller.wait(1)[1] == ["x"]
+        caller.close()
+
+    def test_without_it_nothing_is_kept(self, core):
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        core.core.publish("/a", 1)
+        assert len(core.events(client_id)) == 1
+        session, = core.core.sessions.values()
+        assert session.waiting == 0
+
+
+# ======================================================================================
+# Event streams
+# ======================================================================================
+
+class EventWire(Wire):
+    """An event stream as Faye's client opens it."""
+
+    def __init__(self, server, client_id, tls=None, **headers):
+        super().__init__(server, tls)
+        self.answer = self.request("GET", f"/cometd/{client_id}", Accept="text/event-stream",
+                                   **{"Cache_Control": "no-cache", **headers})
+
+    def read_part(self):
+        """The next event's lines, or None at the end."""
+        if not self._read_until(lambda: b"\r\n\r\n" in self.buffer):
+            assert self.buffer == b""
+            return None
+        part, self.buffer = self.buffer.split(b"\r\n\r\n", 1)
+        return part.decode("utf-8")
+
+    def read_batch(self):
+        part = self.read_part()
+        while part is not None and part.startswith(":"):
+            part = self.read_part()
+        if part is None:
+            return None
+        assert part.startswith("data: ") and "\n" not in part, part
+        return json.loads(part[len("data: "):])
+
+    def receive(self, count):
+        taken = []
+        while len(taken) < count:
+            taken += [event["data"] for event in self.read_batch()]
+        return taken
+
+
+class TestEventStream:
+    """T8: requests by POST, events as server-sent events."""
+
+    @staticmethod
+    def connect(peer, **fields):
+        return peer.ask("/meta/connect", connectionType="eventsource", **fields)
+
+    def test_it_is_offered(self, server):
+        with Wire(server) as wire:
+            reply, = wire.post({"channel": "/meta/handshake", "version": "1.0",
+                                "supportedConnectionTypes": ["eventsource", "unheard-of"]})
+            assert reply["supportedConnectionTypes"] == ["eventsource"]
+
+    def test_the_answers_head(self, server):
+        with Peer(server) as peer, EventWire(server, peer.id) as stream:
+            assert stream.answer.status == 200
+            assert stream.answer.headers["content-type"].startswith("text/event-stream")
+            assert stream.answer.headers["cache-control"] == "no-store"
+            assert "content-length" not in stream.answer.headers
+
+    def test_fayes_way(self, server):
+        """POST handshake, GET the stream, POST connect, subscribe and publish"""
+        with Wire(server) as wire:
+            client_id = wire.post({"channel": "/meta/handshake", "version": "1.0", "id": "1",
+                                   "supportedConnectionTypes": ["eventsource", "long-polling"]})[0]["clientId"]
+            with EventWire(server, client_id) as stream:
+                connect, = wire.post({"channel": "/meta/connect", "clientId": client_id, "id": "2",
+                                      "connectionType": "eventsource", "advice": {"timeout": 0}})
+                assert connect["successful"] and connect["id"] == "2"
+                assert wire.post({"channel": "/meta/subscribe", "clientId": client_id,
+                                  "subscription": "/a"})[0]["successful"]
+                assert wire.post({"channel": "/a", "clientId": client_id, "data": "x\u2028\r\ny"})[0]["successful"]
+                assert stream.read_batch() == [{"channel": "/a", "data": "x\u2028\r\ny"}]
+
+    @pytest.mark.parametrize(("options", "interval"), [
+        ({}, 30_000), ({"timeout": 10}, 10_000), ({"connect_timeout": 8}, 4_000),
+        ({"timeout": 10, "interval": 12}, 12_000)])
+    def test_a_connect_is_answered_at_once_with_a_long_interval(self, serve, options, interval):
+        """Its connects carry nothing, and only show that it lives."""
+        server = serve(**options)
+        with Peer(server) as peer, EventWire(server, peer.id):
+            for _ in range(2):
+                reply = self.connect(peer)
+                assert reply["successful"]
+                assert reply["advice"]["interval"] == interval
+
+    def test_order_is_kept_and_nothing_lost(self, serve):
+        """P2"""
+        server = serve(max_frame_events=7)
+        with Peer(server) as peer, EventWire(server, peer.id) as stream:
+            peer.subscribe("/a")
+            for number in range(500):
+                server.publish("/a", number)
+            assert stream.receive(500) == list(range(500))
+
+    def test_events_that_waited_come_with_the_stream(self, serve):
+        """C6; bounded by max_frame_events"""
+        server = serve(max_frame_events=3)
+        with Peer(server) as peer:
+            peer.subscribe("/a")
+            for number in range(5):
+                server.publish("/a", number)
+            with EventWire(server, peer.id) as stream:
+                assert [[event["data"] for event in stream.read_batch()] for _ in range(2)] == [[0, 1, 2], [3, 4]]
+
+    def test_a_hang_up_keeps_the_session_and_its_events(self, server):
+        with Peer(server) as peer:
+            peer.subscribe("/a")
+            with EventWire(server, peer.id):
+                session = session_of(server, peer.id)
+                wait_until(lambda: session.stream is not None)
+            wait_until(lambda: session.stream is None)
+            server.publish("/a", "x")
+            with EventWire(server, peer.id) as second:
+                assert second.receive(1) == ["x"]
+
+    def test_a_newer_stream_takes_over(self, server):
+        with Peer(server) as peer, EventWire(server, peer.id), EventWire(server, peer.id) as newer:
+            peer.subscribe("/a")
+            assert newer.read_part() == ":"
+            session = session_of(server, peer.id)
+            wait_until(lambda: session.stream is not None)
+            peer.publish("/a", "x")
+            assert newer.receive(1) == ["x"]
+
+    def test_a_connect_over_long_polling_leaves_the_stream_alone(self, server):
+        """Its requests come another way in any case; once it is closed they take the events."""
+        with Peer(server) as peer:
+            peer.subscribe("/a")
+            with EventWire(server, peer.id) as stream:
+                session = session_of(server, peer.id)
+                wait_until(lambda: session.stream is not None)
+                assert peer.connect(timeout=0)[0]["successful"]
+                peer.publish("/a", "streamed")
+                assert stream.receive(1) == ["streamed"]
+            wait_until(lambda: session.stream is None)
+            peer.publish("/a", "polled")
+            assert [event["data"] for event in peer.connect()[1:]] == ["polled"]
+
+    def test_the_stream_of_an_unknown_client_ends_at_once(self, server):
+        with EventWire(server, "nobody") as stream:
+            assert stream.read_batch() is None
+
+    def test_the_end_of_the_session_ends_the_stream(self, server):
+        """X1"""
+        with Peer(server) as peer, EventWire(server, peer.id) as stream:
+            self.connect(peer)
+            assert peer.ask("/meta/disconnect")["successful"]
+            assert stream.read_batch() is None
+
+    def test_a_session_ended_by_the_server_ends_the_stream(self, server):
+        with Peer(server) as peer, EventWire(server, peer.id) as stream:
+            server.end_session(peer.id, "maintenance")
+            assert stream.read_batch() is None
+            assert "maintenance" in self.connect(peer)["error"]
+
+    def test_a_comment_now_and_then_keeps_the_connection_alive(self, serve):
+        server = serve(request_timeout=0.2)
+        with Peer(server) as peer, EventWire(server, peer.id) as stream:
+            peer.subscribe("/a")
+            assert stream.read_part() == ":"                # the first, so that something comes
+            for _ in range(3):
+                let_time_pass(server)
+                assert stream.read_part() == ":"
+            server.publish("/a", "x")
+            assert stream.receive(1) == ["x"]
+
+    def test_what_the_client_says_there_is_not_heard(self, server):
+        with Peer(server) as peer, EventWire(server, peer.id) as stream:
+            stream.send(b"POST /cometd HTTP/1.1\r\n\r\nnonsense")
+            peer.subscribe("/a")
+            peer.publish("/a", "x")
+            assert stream.receive(1) == ["x"]
+
+    def test_a_foreign_origin_is_refused_and_an_allowed_one_named(self, serve):
+        """T6"""
+        server = serve(allowed_origins=["https://good.example"])
+        with Peer(server) as peer:
+            with EventWire(server, peer.id, Origin="https://bad.example") as stream:
+                assert stream.answer.status == 403
+                assert stream.answer.batch[0]["successful"] is False
+            with EventWire(server, peer.id, Origin="https://good.example") as stream:
+                assert stream.answer.headers["access-control-allow-origin"] == "https://good.example"
+
+    def test_a_bound_session_needs_its_cookie(self, serve):
+        """T7"""
+        server = serve(bind_sessions=True)
+        with Wire(server) as wire:
+            wire.send_post({"channel": "/meta/handshake", "version": "1.0"})
+            answer = wire.read_answer()
+            client_id, cookie = answer.batch[0]["clientId"], answer.headers["set-cookie"].split(";")[0]
+        server.subscribe("/a", client_id)
+        server.publish("/a", "x")
+        with EventWire(server, client_id) as thief, EventWire(server, client_id, Cookie=cookie) as owner:
+            assert thief.read_batch() is None
+            assert owner.receive(1) == ["x"]
+
+    def test_streams_cost_no_threads(self, server):
+        peers = [Peer(server) for _ in range(40)]
+        before = threading.active_count()
+        streams = [EventWire(server, peer.id) for peer in peers]
+        assert threading.active_count() <= before + 2
+        for peer in peers:
+            peer.subscribe("/a")
+        server.publish("/a", "to all")
+        for peer, stream in zip(peers, streams):
+            assert stream.receive(1) == ["to all"]
+            stream.close()
+            peer.close()
+
+    def test_with_acknowledgement_events_come_with_connects(self, server):
+        """E1"""
+        with Wire(server) as wire:
+            client_id = wire.post({"channel": "/meta/handshake", "version": "1.0", "ext": {"ack": True},
+                                   "supportedConnectionTypes": ["eventsource"]})[0]["clientId"]
+            connect = {"channel": "/meta/connect", "clientId": client_id, "connectionType": "eventsource"}
+            with EventWire(server, client_id):
+                assert ack_of(wire.post({**connect, "ext": {"ack": -1}})[0]) == 1
+                server.subscribe("/a", client_id)
+                server.publish("/a", "x")
+                reply, event = wire.post({**connect, "ext": {"ack": 1}})
+                assert (ack_of(reply), event["data"]) == (2, "x")
+
+    def test_through_tls(self, serve_tls, tls):
+        server = serve_tls()
+        with Peer(server, tls) as peer, EventWire(server, peer.id, tls) as stream:
+            peer.subscribe("/a")
+            peer.publish("/a", "x")
+            assert stream.receive(1) == ["x"]
+
+    def test_shutdown_ends_the_stream(self, server):
+        with Peer(server) as peer, EventWire(server, peer.id) as stream:
+            session = session_of(server, peer.id)
+            wait_until(lambda: session.stream is not None)
+            server.shutdown()
+            assert stream.read_batch() is None
+
+
+# ======================================================================================
+# Lazy channels, activity, the server's view of its sessions
+# ======================================================================================
+
+class TestLazy:
+    """E5: news that nobody waits for."""
+
+    @pytest.fixture
+    def core(self):
+        return CorePeer(lazy_channels=["/lazy/**", "/slow"], max_lazy=5)
+
+    @pytest.fixture
+    def client_id(self, core):
+        client_id = core.handshake()
+        core.subscribe(client_id, "/**")
+        return client_id
+
+    @pytest.mark.parametrize("channel", ["/lazy/a", "/lazy/a/b", "/slow"])
+    def test_a_lazy_event_waits_for_max_lazy(self, core, client_id, channel):
+        exchange = core.hold(client_id)
+        core.core.publish(channel, 1)
+        core.pass_time(4.9)
+        assert exchange.answer is None
+        core.pass_time(0.2)
+        assert [event["data"] for event in exchange.answer[1:]] == [1]
+
+    def test_max_lazy_counts_from_the_first(self, core, client_id):
+        exchange = core.hold(client_id)
+        core.core.publish("/slow", 1)
+        core.pass_time(3)
+        core.core.publish("/slow", 2)
+        core.pass_time(2.1)
+        assert [event["data"] for event in exchange.answer[1:]] == [1, 2]
+
+    @pytest.mark.parametrize("channel", ["/lazy", "/lazier/a", "/slow/a"])
+    def test_others_do_not_wait(self, core, client_id, channel):
+        exchange = core.hold(client_id)
+        core.core.publish(channel, 1)
+        core.work()
+        assert len(exchange.answer) == 2
+
+    def test_another_event_takes_them_along_in_order(self, core, client_id):
+        """P2"""
+        exchange = core.hold(client_id)
+        core.core.publish("/slow", 1)
+        core.work()
+        core.core.publish("/a", 2)
+        core.work()
+        assert [event["data"] for event in exchange.answer[1:]] == [1, 2]
+
+    def test_any_reply_to_a_connect_takes_them_along(self, core, client_id):
+        exchange = core.hold(client_id, advice={"timeout": 3000})
+        core.core.publish("/slow", 1)
+        core.pass_time(3.1)
+        assert [event["data"] for event in exchange.answer[1:]] == [1]
+        core.core.publish("/slow", 2)
+        assert [event["data"] for event in core.events(client_id)] == [2]
+
+    def test_they_come_after_max_lazy_when_nobody_was_there_before(self, core, client_id):
+        core.core.publish("/slow", 1)
+        core.pass_time(60)
+        exchange = core.send(core.connect_message(client_id))
+        core.work()
+        assert [event["data"] for event in exchange.answer[1:]] == [1]
+
+    def test_the_next_one_waits_again(self, core, client_id):
+        for number in range(3):
+            exchange = core.hold(client_id)
+            core.core.publish("/slow", number)
+            core.pass_time(4)
+            assert exchange.answer is None
+            core.pass_time(1.1)
+            assert [event["data"] for event in exchange.answer[1:]] == [number]
+
+    def test_what_was_lost_waits_no_more(self, core, client_id):
+        core.send(core.connect_message(client_id), is_broken=True)
+        core.core.publish("/slow", 1)
+        core.pass_time(5.1)
+        exchange = core.send(core.connect_message(client_id))
+        core.work()
+        assert [event["data"] for event in exchange.answer[1:]] == [1]
+
+    def test_with_acknowledgement(self, core):
+        """E1"""
+        client_id = core.handshake(ext={"ack": True})
+        core.subscribe(client_id, "/slow")
+        exchange = core.hold(client_id, ext={"ack": 1})
+        core.core.publish("/slow", 1)
+        core.work()
+        assert exchange.answer is None
+        core.pass_time(5.1)
+        assert [event["data"] for event in exchange.answer[1:]] == [1]
+
+    def test_on_a_stream_too(self, core, client_id):
+        stream = FakeStream()
+        core.core.attach(client_id, stream)
+        core.core.publish("/slow", 1)
+        core.pass_time(4)
+        assert stream.data == []
+        core.pass_time(1.1)
+        assert stream.data == [[1]]
+
+    def test_on_a_stream_that_is_opened_while_they_wait(self, core, client_id):
+        core.core.publish("/slow", 1)
+        core.pass_time(1)
+        stream = FakeStream()
+        core.core.attach(client_id, stream)
+        core.pass_time(4.1)
+        assert stream.data == [[1]]
+
+    def test_a_local_client_does_not_wait(self, serve):
+        server, heard = serve(lazy_channels=["/slow"]), threading.Event()
+        with LocalClient(server) as local:
+            local.subscribe("/slow", lambda message: heard.set())
+            server.publish("/slow", 1)
+            assert heard.wait(PATIENCE)
+
+    def test_over_a_socket(self, serve):
+        server = serve(lazy_channels=["/slow"], max_lazy=0.05)
+        with SocketPeer(server) as peer:
+            peer.subscribe("/slow")
+            for number in range(3):
+                server.publish("/slow", number)
+            assert peer.receive(3) == [0, 1, 2]
+
+
+class TestActivity:
+    """E4: a page that was left open only sends heart-beats."""
+
+    @pytest.fixture
+    def core(self):
+        return CorePeer(max_inactivity=100)
+
+    @staticmethod
+    def beat(core, client_id):
+        core.clock.advance(30)
+        return core.ask(core.connect_message(client_id, advice={"timeout": 0}))[0]
+
+    def test_heart_beats_alone_do_not_keep_a_session(self, core):
+        client_id = core.handshake()
+        replies = [self.beat(core, client_id) for _ in range(4)]
+        assert [reply["successful"] for reply in replies] == [True, True, True, False]
+        assert replies[-1]["error"].startswith("402:")
+        assert "inactivity" in replies[-1]["error"]
+        assert replies[-1]["advice"]["reconnect"] == "none"
+        assert client_id not in core.core.sessions
+        core.work()
+        assert core.told_of("client_disconnect")[0]["reason"] == "inactivity"
+
+    @pytest.mark.parametrize("message", [
+        {"channel": "/a", "data": 1}, {"channel": "/service/echo", "data": 1},
+        {"channel": "/meta/subscribe", "subscription": "/a"}])
+    def test_anything_else_does(self, core, message):
+        client_id = core.handshake()
+        for _ in range(6):
+            assert self.beat(core, client_id)["successful"]
+            core.ask({"clientId": client_id, **message})
+
+    def test_what_it_receives_is_no_activity_of_its_own(self, core):
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        for _ in range(3):
+            core.core.publish("/a", 1)
+            assert self.beat(core, client_id)["successful"]
+        assert not self.beat(core, client_id)["successful"]
+
+    def test_off_unless_asked_for(self):
+        core = CorePeer()
+        client_id = core.handshake()
+        assert all(self.beat(core, client_id)["successful"] for _ in range(200))
+
+    def test_a_new_handshake_is_welcome(self, core):
+        client_id = core.handshake()
+        while self.beat(core, client_id)["successful"]:
+            pass
+        assert core.handshake() != client_id
+
+    def test_a_socket_stays_open(self, serve):
+        server = serve(max_inactivity=100)
+        with SocketPeer(server) as peer:
+            session_of(server, peer.id).active -= 101
+            assert "inactivity" in peer.connect(timeout=0)["error"]
+            peer.id = None
+            assert peer.ask("/meta/handshake", version="1.0")["successful"]
+
+
+class TestServerSessions:
+    """server.sessions: to be looked at, and ended."""
+
+    def test_what_can_be_seen(self, server):
+        with Peer(server) as peer, SocketPeer(server, ext={"ack": True}) as socket_peer:
+            peer.subscribe("/a")
+            server.publish("/a", 1)
+            session, other = session_of(server, peer.id), session_of(server, socket_peer.id)
+            assert (session.address, session.transport, session.ack) == ("127.0.0.1", "long-polling", False)
+            assert (other.transport, other.ack) == ("websocket", True)
+            assert session.subscriptions == {"/a"}
+            assert (session.waiting, other.waiting) == (1, 0)
+            assert 0 <= session.age < PATIENCE
+            assert abs(session.created + session.age - time.time()) < PATIENCE
+            assert session.ended is None
+
+    def test_flags_are_the_applications(self, server):
+        with Peer(server) as peer:
+            session_of(server, peer.id).flags["user"] = "ann"
+            assert session_of(server, peer.id).flags == {"user": "ann"}
+
+    def test_the_transport_is_the_latest(self, server):
+        with Peer(server) as peer, SocketPeer(server, client_id=peer.id):
+            assert session_of(server, peer.id).transport == "websocket"
+            peer.connect(timeout=0)
+            assert session_of(server, peer.id).transport == "long-polling"
+
+    def test_the_list_is_a_copy(self, server):
+        with Peer(server):
+            server.sessions.clear()
+            assert len(server.sessions) == 1
+
+    def test_a_held_connect_is_told_the_reason(self, server):
+        with Peer(server) as peer:
+            peer.send_connect(id=9)
+            session = session_of(server, peer.id)
+            wait_until(lambda: session.hold is not None)
+            server.end_session(peer.id, "closed for the night")
+            reply, = peer.read_answer().batch
+            assert (reply["id"], reply["successful"]) == (9, False)
+            assert reply["error"].startswith("402:" + peer.id)
+            assert "closed for the night" in reply["error"]
+            assert session.ended == "closed for the night"
+            assert server.sessions == []
+
+    def test_a_held_connect_on_a_socket_is_told_the_reason(self, server):
+        with SocketPeer(server) as peer:
+            held = peer.hold()
+            session = session_of(server, peer.id)
+            wait_until(lambda: session.hold is not None)
+            server.end_session(peer.id, "closed for the night")
+            assert "closed for the night" in peer.reply(held)["error"]
+
+    def test_who_comes_back_is_told_the_reason(self, server):
+        """C1"""
+        with Peer(server) as peer:
+            server.end_session(peer.id, "closed for the night")
+            reply = peer.ask("/a", data=1)
+            assert "closed for the night" in reply["error"]
+            assert reply["advice"]["reconnect"] == "handshake"
+
+    def test_listeners_are_told_the_reason(self, server):
+        heard = threading.Event()
+        server.add_listener(lambda event, details: event == "client_disconnect" and details["reason"] == "so"
+                            and heard.set())
+        with Peer(server) as peer:
+            server.end_session(peer.id, "so")
+            assert heard.wait(PATIENCE)
+
+    def test_there_is_no_such_session(self, server):
+        with pytest.raises(bayeux_server.BayeuxError, match="^402:"):
+            server.end_session("nobody", "so")
+
+
+class TestCrossOriginType:
+    """Faye's name for long-polling from another origin."""
+
+    TYPE = "cross-origin-long-polling"
+
+    @staticmethod
+    def handshake(core, *types):
+        return core.ask({"channel": "/meta/handshake", "version": "1.0", "supportedConnectionTypes": list(types)})[0]
+
+    def test_not_offered_where_no_origin_is_allowed(self, core):
+        """H1"""
+        reply = self.handshake(core, self.TYPE)
+        assert not reply["successful"]
+        assert self.TYPE not in reply["supportedConnectionTypes"]
+        client_id = core.handshake()
+        reply, = core.ask(core.connect_message(client_id, connectionType=self.TYPE))
+        assert reply["error"].startswith("400:")
+
+    @pytest.mark.parametrize("origins", [["*"], ["https://good.example"]])
+    def test_offered_where_one_is(self, origins):
+        core = CorePeer(allowed_origins=origins)
+        assert self.handshake(core, self.TYPE)["supportedConnectionTypes"] == [self.TYPE]
+        assert set(self.handshake(core, "long-polling", self.TYPE)["supportedConnectionTypes"]) == {
+            "long-polling", self.TYPE}
+
+    def test_it_is_long_polling(self):
+        """C2, C4"""
+        core = CorePeer(allowed_origins=["*"])
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        exchange = core.hold(client_id, connectionType=self.TYPE)
+        core.core.publish("/a", 1)
+        core.work()
+        assert exchange.answer[1:] == [{"channel": "/a", "data": 1}]
 
 
 # ======================================================================================
