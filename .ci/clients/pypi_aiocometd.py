@@ -16,7 +16,6 @@ import sys
 
 from aiocometd_ng import Client, ConnectionType
 from aiocometd_ng.exceptions import ServerError, TransportError
-
 from server import Server, check, run
 
 PATIENCE = 25                   # seconds for one answer

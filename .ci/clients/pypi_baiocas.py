@@ -17,9 +17,8 @@ from baiocas.client import Client
 from baiocas.extensions.ack import AckExtension
 from baiocas.extensions.timestamp import TimestampExtension
 from baiocas.transports.long_polling import LongPollingHttpTransport
-from tornado.ioloop import IOLoop
-
 from server import Server, check, run
+from tornado.ioloop import IOLoop
 
 PATIENCE = 25                   # seconds for one answer
 TEXT = "ça va? \u2028 </script> 🙂"

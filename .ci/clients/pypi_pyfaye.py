@@ -25,7 +25,6 @@ from faye.client import FayeClient
 from faye.exceptions import FayeError
 from faye.protocol import Message
 from faye.transport.websocket import WebSocketTransport
-
 from server import Server, check, run, skip
 
 PATIENCE = 25                   # seconds for one answer

@@ -22,7 +22,6 @@ import sys
 
 import gevent.queue
 from python_bayeux import BayeuxClient
-
 from server import Server, check, run, skip
 
 PATIENCE = 25           # seconds for one answer
