@@ -3,8 +3,9 @@
 
 Bayeux (the protocol of CometD) carries JSON *events* between browsers and a server over named
 *channels*: a client subscribes to ``/chat/demo``, anybody publishes there, everybody subscribed
-receives.  Between browser and server there is nothing but HTTP requests: the client keeps one
-request open, and the server answers it when there is something to say (*long-polling*).
+receives.  Between browser and server there is nothing but HTTP: the client keeps one request open,
+and the server answers it when there is something to say (*long-polling*).  Clients that can may open
+a WebSocket, or a stream of server-sent events, instead.
 
     python bayeux_server.py --port 8080 --docroot .        # serve this folder, and chat
 
@@ -24,25 +25,26 @@ The way of one event, from the publisher's request to the subscriber's held one:
     connection --> handler thread --> core --> session's queue               |
     (§9)           reads HTTP (§10)   (§5)     (§4)   |                      |
                                                       v                      v
-                                       long-poll wait (§7) --> the held /meta/connect (§9, §10)
+                                       long-poll wait (§7) --> the held /meta/connect (§9, §10),
+                                                               or its WebSocket or event stream
 
 Contents.  A section uses only what stands above it.
 
-    §1  Names and numbers     channel names, limits, options, the vocabulary
+    §1  Names and numbers     the vocabulary, channel names, limits
     §2  Channels              the grammar of names and patterns, the registry
     §3  Messages              errors, JSON in and out, events
-    §4  Sessions              a remote client as the server sees it; held connects
+    §4  Sessions              a remote client as the server sees it; its queue, its held connect
     §5  The protocol          handshake, connect, subscribe, publish, services, extensions
     §6  Local clients         publishing and subscribing inside this process
-    §7  The long-poll wait    one thread on one Condition: the only way out for events
+    §7  The long-poll wait    one thread on one Condition: the way out for events
     §8  WebSocket frames      the codec of RFC 6455
     §9  Connections           sockets parked without a thread, woken by bytes
     §10 HTTP transport        requests, long-polling, callback-polling, WebSocket, event streams, files
-    §11 The server            BayeuxServer
+    §11 The server            options, BayeuxServer
     §12 Command line          arguments, logging, signals, the two demo parts
 
 What it does not do: keep messages (an event goes to who is subscribed now), run on several
-machines, speak HTTP/2, or authenticate for you (see ``message_acl`` for where that goes).
+machines, speak HTTP/2, compress, or authenticate for you (see ``message_acl`` for where that goes).
 
 The specification is "The Bayeux Protocol Specification 1.0"; sections of it are named in the code
 like this: (Bayeux, "Connect Request").  The server succeeds POE::Component::Server::Bayeux; "the
@@ -107,6 +109,8 @@ __version__ = "1.0"
 #                that is, leave it unanswered until there is something to say
 #   lease        how long a session lives unheard
 #   transport    what carries batches; an exchange is one request of it and its answer
+#   stream       a connection on which events leave as they come, without a connect to carry
+#                them: a WebSocket, or server-sent events
 #   connection   a socket
 #
 # Times are seconds, as floats.  Milliseconds stand only inside JSON and in names ending _ms.
@@ -142,211 +146,8 @@ PARTS_AT_ONCE = 16                      # of one large output, likewise
 ANSWERS_AT_ONCE = 32                    # connects answered between two looks at the queues
 
 
-class OptionError(ValueError):
-    """An option of the server has a value it may not have.  The text names option, value and what is allowed."""
-
-
-class Kind(NamedTuple):
-    """What values an option takes: in words, as a test, and as read from a command line."""
-
-    allowed: str
-    accepts: Callable[[Any], bool]
-    read: Callable[[str], Any] | None = None
-    many: bool = False
-    shown: str = "TEXT"                 # in --help
-
-
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def whole(low: int, high: float = math.inf) -> Kind:
-    words = f"a whole number from {low} to {high}" if high < math.inf else f"a whole number, {low} or more"
-    return Kind(words, lambda value: is_number(value) and isinstance(value, int) and low <= value <= high,
-                int, shown="NUMBER")
-
-
-def seconds(low: float = 0.0) -> Kind:
-    words = "a number of seconds, %s" % (f"{low:g} or more" if low else "0 or more")
-    return Kind(words, lambda value: is_number(value) and value >= low, float, shown="SECONDS")
-
-
-def names(words: str, accepts: Callable[[str], bool] = bool) -> Kind:
-    """Several texts.  A lone text is refused: its characters would be taken for the members."""
-    return Kind("a list of " + words, lambda value: isinstance(value, (list, tuple, set, frozenset)) and all(
-        isinstance(each, str) and accepts(each) for each in value), str, True)
-
-
-def table(words: str, accepts: Callable[[Any, Any], bool], read: Callable[[str], Any] | None = None) -> Kind:
-    return Kind(words, lambda value: isinstance(value, Mapping) and all(
-        accepts(key, entry) for key, entry in value.items()), read, read is not None)
-
-
-def is_network(value: str) -> bool:
-    try:
-        return bool(ipaddress.ip_network(value, strict=False))
-    except ValueError:
-        return False
-
-
-def is_origin(value: str) -> bool:
-    return value == "*" or re.fullmatch(r"https?://[^/\s]+", value) is not None
-
-
-def read_type_expires(text: str) -> tuple[str, int]:
-    mime_type, _, lifetime = text.partition("=")
-    return mime_type.strip(), int(lifetime)
-
-
-SWITCH = Kind("True or False", lambda value: isinstance(value, bool))
-TEXT = Kind("a text that is not empty", lambda value: isinstance(value, str) and value != "", str)
-PATH = Kind("a file's path, or None", lambda value: value is None or isinstance(value, (str, os.PathLike)), str)
-FOLDER = Kind("a folder that exists, or None",
-              lambda value: value is None or (isinstance(value, (str, os.PathLike)) and os.path.isdir(value)), str)
-FILE_NAMES = names("file names", lambda name: name != "" and "/" not in name)
-ORIGINS = names("origins such as https://example.org, or *", is_origin)
-NETWORKS = names("IP addresses or networks", is_network)
-PATTERNS = names("channels or patterns such as /chat/*", lambda pattern: is_channel_pattern(pattern))
-FUNCTION = Kind("a function, or None", lambda value: value is None or callable(value))
-FUNCTIONS = table("a mapping of names to functions",
-                  lambda name, function: isinstance(name, str) and callable(function))
-URL_PATH = Kind("an absolute path such as /cometd", lambda value: isinstance(value, str)
-                and re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", value) is not None, str)
-TYPE_EXPIRES = table("MIME types with whole seconds, image/png=3600", lambda mime_type, lifetime: (
-    isinstance(mime_type, str) and "/" in mime_type and is_number(lifetime) and lifetime >= 0), read_type_expires)
-EXTENSIONS = Kind("a list of objects with incoming(session, message) or outgoing(session, message)",
-                  lambda value: isinstance(value, (list, tuple)) and all(
-                      hasattr(each, "incoming") or hasattr(each, "outgoing") for each in value))
-TLS_CONTEXT = Kind("an ssl.SSLContext, or None", lambda value: value is None or isinstance(value, ssl.SSLContext))
-
-
-def about(kind: Kind, help_text: str, flag: str | None = None) -> dict:
-    """What is known of an option; it is on the command line when its kind can be read there."""
-    return {"kind": kind, "help": help_text, "flag": flag}
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Everything that can be set, the keywords of BayeuxServer; most are flags too (--help).
-
-    Raises:
-        OptionError: a value is not of its kind, or two options contradict each other.
-    """
-
-    # Where it listens, and what it serves
-    host: str = field(default="127.0.0.1", metadata=about(
-        TEXT, "address to listen on; 0.0.0.0 is every one of this machine"))
-    port: int = field(default=8080, metadata=about(whole(0, 65535), "TCP port; 0 takes any free one"))
-    path: str = field(default="/cometd", metadata=about(URL_PATH, "where Bayeux is spoken, with every path below it"))
-    alias: str = field(default="bayeux", metadata=about(
-        TEXT, "name by which LocalClient finds the server in this process"))
-    docroot: str | None = field(default=None, metadata=about(
-        FOLDER, "folder of static files (on the command line: .)"))
-    directory_index: Iterable[str] = field(default=("index.html",), metadata=about(
-        FILE_NAMES, "file shown for a folder, in order of preference", "--directory-index"))
-    type_expires: Mapping[str, int] = field(default_factory=dict, metadata=about(
-        TYPE_EXPIRES, "how long browsers may keep files of a MIME type, in s"))
-    tls_cert: str | None = field(default=None, metadata=about(
-        PATH, "certificate chain (PEM): serve HTTPS; needs --tls-key"))
-    tls_key: str | None = field(default=None, metadata=about(PATH, "private key (PEM) of --tls-cert"))
-    tls_context: ssl.SSLContext | None = field(default=None, metadata=about(
-        TLS_CONTEXT, "TLS as you set it up yourself"))
-
-    # Who may do what
-    anon_publish: bool = field(default=False, metadata=about(
-        SWITCH, "let remote clients publish without a handshake"))
-    allowed_origins: Iterable[str] = field(default=(), metadata=about(
-        ORIGINS, "other site whose pages may use this server; * is any, without cookies", "--allowed-origin"))
-    trusted_proxies: Iterable[str] = field(default=(), metadata=about(
-        NETWORKS, "proxy whose X-Forwarded-For is believed", "--trusted-proxy"))
-    bind_sessions: bool = field(default=False, metadata=about(
-        SWITCH, "a session works only with the cookie of its handshake"))
-
-    # Times of the protocol
-    timeout: float = field(default=30.0, metadata=about(seconds(), "how long a /meta/connect is held"))
-    interval: float = field(default=0.0, metadata=about(seconds(), "how long clients pause between two connects"))
-    connect_timeout: float = field(default=120.0, metadata=about(
-        seconds(0.001), "how long a session lives without an open /meta/connect"))
-    request_timeout: float = field(default=30.0, metadata=about(
-        seconds(0.001), "how long a client may take to send a request, or to take in an answer"))
-    ping_interval: float = field(default=30.0, metadata=about(
-        seconds(), "how long a WebSocket may be silent before it is pinged, and then closed; 0: for ever"))
-    max_inactivity: float = field(default=0.0, metadata=about(
-        seconds(), "how long a session may send nothing but /meta/connect before it is ended; 0: for ever"))
-    max_lazy: float = field(default=5.0, metadata=about(seconds(), "how long an event on a lazy channel may wait"))
-    grace: float = field(default=5.0, metadata=about(seconds(), "how long stopping may take"))
-
-    # Limits
-    client_max_connections: int = field(default=10, metadata=about(
-        whole(0), "Bayeux requests open at once from one address; 0: no limit"))
-    max_sessions: int = field(default=10_000, metadata=about(whole(1), "sessions at once"))
-    max_sessions_per_browser: int = field(default=0, metadata=about(
-        whole(0), "held connects of one browser, told by cookie; its further sessions are told to poll; 0: no limit"))
-    max_subscriptions: int = field(default=1000, metadata=about(whole(1), "subscriptions of one session"))
-    max_queue: int = field(default=10_000, metadata=about(
-        whole(1), "events that may wait for one session; one more ends it"))
-    max_frame_events: int = field(default=100, metadata=about(
-        whole(1), "events that leave together in one WebSocket frame, or one server-sent event"))
-    max_message_size: int = field(default=64 * 1024, metadata=about(whole(1), "bytes of one message"))
-    max_request_size: int = field(default=1024 * 1024, metadata=about(whole(1), "bytes of one request's body"))
-    max_threads: int = field(default=64, metadata=about(whole(2), "handler threads at most"))
-
-    # Extensions of the protocol
-    ack: bool = field(default=True, metadata=about(
-        SWITCH, "acknowledged delivery for clients that ask for it: what is lost on the way is sent again"))
-    lazy_channels: Iterable[str] = field(default=(), metadata=about(
-        PATTERNS, "channel or pattern whose events wait for the next delivery", "--lazy-channel"))
-    json_comment_filtered: bool = field(default=True, metadata=about(
-        SWITCH, "replies as /*[...]*/ for old clients that ask for it"))
-    timesync: bool = field(default=True, metadata=about(
-        SWITCH, "answer ext.timesync, by which a client learns our clock"))
-    timestamp: bool = field(default=False, metadata=about(SWITCH, "put our time into replies and events"))
-    forward_id: bool = field(default=False, metadata=about(
-        SWITCH, "send events with their publisher's id (some clients then lose them)"))
-    extensions: Iterable[Any] = field(default=(), metadata=about(
-        EXTENSIONS, "your own: incoming and outgoing methods"))
-
-    # The application's code
-    services: Mapping[str, Callable] = field(default_factory=dict, metadata=about(
-        FUNCTIONS, "name of /service/<name>, and what answers it"))
-    message_acl: Callable | None = field(default=None, metadata=about(
-        FUNCTION, "called with session and message: text refuses"))
-    callback: Callable | None = field(default=None, metadata=about(
-        FUNCTION, "told of subscribe, publish, client_connect, ..."))
-    content_handlers: Mapping[str, Callable] = field(default_factory=dict, metadata=about(
-        FUNCTIONS, "URL path prefix, and what answers it"))
-    post_handle: Callable | None = field(default=None, metadata=about(
-        FUNCTION, "called with request and response of plain HTTP"))
-
-    # Logging
-    debug: bool = field(default=False, metadata=about(SWITCH, "log every message"))
-    log_file: str | None = field(default=None, metadata=about(PATH, "log into this file"))
-
-    def __post_init__(self) -> None:
-        for row in dataclasses.fields(self):
-            value, kind = getattr(self, row.name), row.metadata["kind"]
-            if not kind.accepts(value):
-                raise OptionError(f"{row.name} is {value!r}: it must be {kind.allowed}")
-        if self.interval >= self.connect_timeout:
-            raise OptionError(f"interval is {self.interval!r}: it must be less than connect_timeout, "
-                              f"{self.connect_timeout!r}, or every session would end between two connects")
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise OptionError(f"tls_cert is {self.tls_cert!r} and tls_key is {self.tls_key!r}: give both, or none")
-        if self.tls_cert is not None and self.tls_context is not None:
-            raise OptionError(f"tls_cert is {self.tls_cert!r}: with tls_context it must be None")
-        for prefix in self.content_handlers:
-            if not prefix.startswith("/") or prefix == self.path:
-                raise OptionError(f"content_handlers has {prefix!r}: it must be a path that begins with / and "
-                                  f"is not {self.path}")
-
-    @classmethod
-    def from_keywords(cls, keywords: Mapping[str, Any]) -> Options:
-        known = [row.name for row in dataclasses.fields(cls)]
-        for name in keywords:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                raise OptionError("{} is no option{}".format(name, f"; did you mean {near[0]}?" if near else ""))
-        return cls(**keywords)
 
 
 # ======================================================================================
@@ -464,6 +265,7 @@ class BayeuxError(ValueError):
         shown = [NOT_IN_ERRORS.sub("_", part)[:150] for part in (argument, text)]
         super().__init__(":".join([str(code), *shown]))
         self.code = code
+        self.text = shown[1]
         self.fields = fields
 
     @classmethod
@@ -662,28 +464,32 @@ class Event:
 # ======================================================================================
 # §4  Sessions
 #
-# A session begins with a handshake and ends when its client disconnects, is not heard of
-# for connect_timeout, lets more than max_queue events pile up, or the server stops.  What
-# happens to it (Bayeux, "Client State Table", seen from the server):
+# A session begins with a handshake and ends when its client disconnects, is not heard of for
+# connect_timeout, lets more than max_queue events pile up, or the server stops; a held connect
+# is answered then, too.  Over HTTP (Bayeux, "Client State Table", seen from the server):
 #
-#   state \ event  | connect          | event           | timeout, or   | reply written,  | disconnect
-#                  |                  |                 | newer connect | or lost         |
-#   ---------------+------------------+-----------------+---------------+-----------------+-----------
-#   new            | reply at once    | queue it        | lease over:   |                 | ended
-#                  |   -> connected   |                 |   ended       |                 |
-#   connected      | hold it -> held  | queue it        | lease over:   |                 | ended
-#                  |                  |                 |   ended       |                 |
-#   held           | release the      | queue it, and   | reply without | connection lost | release,
-#                  |   older, hold    |  reply with the |   events      |   -> connected, | ended
-#                  |   the newer      |  queue -> conn. |   -> connected|   queue kept    |
-#   ended          | 402, handshake   | -               | -             | -               | 402
+#   state \ event  | connect            | event              | its time is over      | connection lost
+#   ---------------+--------------------+--------------------+-----------------------+----------------
+#   new            | answer at once     | queue it           | lease: ended          | -
+#                  |   -> connected     |                    |                       |
+#   connected      | hold it -> held    | queue it           | lease: ended          | -
+#                  |  (or answer it, see|                    |                       |
+#                  |   _connect in §5)  |                    |                       |
+#   held           | answer the older,  | queue it, answer   | timeout: answer       | -> connected,
+#                  |   hold the newer   |   with the queue   |   without events      |   queue kept
+#                  |                    |   -> connected     |   -> connected        |
+#   ended          | refuse it with 402, advice handshake
 #
-# A session with a stream (a WebSocket, server-sent events) has its events sent there at once,
-# held connect or not.
+# How events leave.  They wait in the queue until something can carry them: a held connect, or
+# a stream.  In all cases the order is kept and what is known to be lost is sent again:
 #
-# While the events of a reply are on their way into a socket the session is *in flight*: no
-# other reply takes events, so that those of a reply that fails can go back to the front of
-# the queue and order is kept.
+#   in flight       While events are on their way into a socket no others of the session leave, so
+#                   that they can go back to the front of the queue if they cannot be written.
+#   acknowledged    Where the client asked for it (ext.ack), events leave with replies to connects
+#                   only.  These are numbered, and the events of each are kept until the client
+#                   has named its number: the written may be lost, too.  Then nothing is in flight.
+#   lazy            Events on lazy_channels do not set a delivery going.  They leave with the next
+#                   one, or when max_lazy is over; until then the queue is not *urgent*.
 # ======================================================================================
 
 # Why a session ended; the words are told to its client if it comes back, and to callbacks.
@@ -748,22 +554,18 @@ class Stream(Exchange):
         self.sessions: set[Session] = set()
 
 
-class Hold:
+class Hold(NamedTuple):
     """A /meta/connect that waits for its answer."""
 
-    __slots__ = ("deadline", "exchange", "reply", "session", "timesync")
-
-    def __init__(self, session: Session, exchange: Exchange, reply: str, timesync: TimeSync | None,
-                 deadline: float) -> None:
-        self.session = session
-        self.exchange = exchange
-        self.reply = reply
-        self.timesync = timesync
-        self.deadline = deadline
+    session: Session
+    exchange: Exchange
+    reply: str                          # as JSON
+    timesync: TimeSync | None
+    deadline: float
 
 
 class Answer:
-    """What leaves in answer to one request: its replies, then events of one session."""
+    """What leaves at once: replies to one request, events of one session, or both, in this order."""
 
     __slots__ = ("events", "exchange", "late_fields", "replies", "session")
 
@@ -797,9 +599,9 @@ class Session:
         ack: whether delivery is acknowledged.
     """
 
-    __slots__ = ("__weakref__", "ack", "active", "address", "batch", "browser", "comment_filtered", "connected",
-                 "created", "crowded", "ended", "flags", "hold", "id", "in_flight", "is_ready", "is_urgent",
-                 "lazy_deadline", "lease", "queue", "stream", "subscriptions", "timer", "transport", "unacknowledged")
+    __slots__ = ("__weakref__", "ack", "active", "address", "browser", "comment_filtered", "connected", "created",
+                 "crowded", "ended", "flags", "hold", "id", "in_flight", "is_ready", "is_urgent", "lazy_deadline",
+                 "lease", "queue", "reply_number", "stream", "subscriptions", "timer", "transport", "unacknowledged")
 
     def __init__(self, id: str | None, exchange: Exchange) -> None:
         self.id = id
@@ -815,11 +617,11 @@ class Session:
         self.crowded = False                # was told of multiple clients in its browser
         self.active = 0.0                   # when it last sent something else than a connect
         self.queue: list[Event] = []
-        self.is_urgent = False              # the queue is to be delivered now: it has an event that is not lazy
-        self.lazy_deadline = math.inf       # when it is, at the latest
+        self.is_urgent = False              # the queue is to be delivered now: not all in it is lazy
+        self.lazy_deadline = math.inf       # when it is to be delivered, at the latest
         self.in_flight = False
         self.ack = False
-        self.batch = 0                      # the number of its last acknowledged reply
+        self.reply_number = 0               # of its latest reply to a connect, where they are acknowledged
         self.unacknowledged: list[tuple[int, Event]] = []       # by the number of the reply that took it
         self.stream: Stream | None = None
         self.hold: Hold | None = None
@@ -845,10 +647,10 @@ class Session:
         """The subscription is over.  Under the lock."""
         self.subscriptions.discard(pattern)
 
-    def acknowledge(self, batch: Any) -> None:
-        """The client has seen all replies up to batch; what later ones took comes first again.  Under the lock."""
-        seen = batch if is_number(batch) else 0         # a client may begin with null, 0 or -1
-        missed = [event for number, event in self.unacknowledged if number > seen]
+    def acknowledge(self, number: Any) -> None:
+        """The client has seen the replies up to number; what later ones took comes first again.  Under the lock."""
+        seen = number if is_number(number) else 0       # a client may begin with null, 0 or -1
+        missed = [event for taken_by, event in self.unacknowledged if taken_by > seen]
         self.unacknowledged = []
         if missed:
             self.queue[:0] = missed
@@ -937,7 +739,14 @@ class Mailbox:
 # What happens:   handshake   a session is made; its clientId is the key to everything else
 #                 connect     the client asks for events; the first is answered at once, later
 #                             ones are held until there are some, or `timeout` is over
-#                 subscribe, unsubscribe, publish, calls of services, disconnect
+#                 subscribe   the session joins the subscribers of a pattern; unsubscribe undoes it
+#                 publish     an event is made, and queued for all subscribers (§4: how it leaves)
+#                 service     a function of the application answers, and only the sender hears it
+#                 disconnect  the session ends; its clientId is worth nothing from then on
+#
+# A message's way: receive -> _admit (fields, extensions) -> _handle (session, message_acl) ->
+# the handler of its channel (_handshake, _connect, ...) -> _finish (extensions, the reply's text).
+# A BayeuxError raised anywhere on it becomes the reply, in _handle_or_refuse.
 #
 # The lock.  One threading.Condition guards sessions, registry, queues and mailboxes.  Under it
 # no input or output, no code of the application and no JSON of unbounded size: decide under
@@ -977,7 +786,7 @@ class Bayeux:
     """The protocol over sessions, channels and queues.
 
     Arguments:
-        options: limits, times, and the application's code.
+        options: limits, times, and the application's code (§11 has the table of them).
         logger: one line for each refusal goes here.
         run_later: runs a function on another thread, soon; here, if there are no threads (tests).
         step_aside: called before the application's code, which may take its time, runs on this thread.
@@ -997,7 +806,7 @@ class Bayeux:
         self.registry = ChannelRegistry()
         self.sessions: dict[str, Session] = {}
         self.local_clients: dict[str, LocalClient] = {}
-        self.ready: collections.deque[Session] = collections.deque()        # with events and a held connect
+        self.ready: collections.deque[Session] = collections.deque()        # with events, and what can carry them
         self.released: collections.deque[Answer] = collections.deque()      # connects to answer without events
         self.overfull: list[Session | LocalClient] = []                     # with more events than max_queue
         self.timers: list[tuple[float, int, Session]] = []                  # a heap: when to look at whom
@@ -1056,7 +865,7 @@ class Bayeux:
             request = self._admit(session, message, turn)
             return self._handle(session, request, turn)
         except BayeuxError as error:
-            self._log_refusal(request, turn.exchange, error)
+            self.logger.info("refused %.100r from %s: %s", request.get("channel"), turn.exchange.address or "-", error)
             return self._finish(session, request, refusal(request, error))
 
     def _session_of(self, message: dict, turn: Turn) -> Session | None:
@@ -1153,20 +962,20 @@ class Bayeux:
             reply["id"] = message["id"]
         return reply
 
-    def _finish(self, session: Session | None, message: dict, reply: dict, batch: int | None = None) -> list[str]:
+    def _finish(self, session: Session | None, message: dict, reply: dict, number: int | None = None) -> list[str]:
         """The reply's text, after the extensions.  One that they drop is replaced: every message gets its reply."""
         reply = self._through_extensions(session, reply) or refusal(
             message, BayeuxError(403, self._channel_shown(message), "An extension dropped the reply"))
-        late = self._late_fields(TimeSync.of(message) if self.options.timesync else None, batch)
+        late = self._late_fields(TimeSync.of(message) if self.options.timesync else None, number)
         return [with_fields(encode_json(reply), late) if late else encode_json(reply)]
 
-    def _late_fields(self, timesync: TimeSync | None, batch: int | None) -> dict:
-        """The fields of a reply that depend on when it leaves.  batch: its number, with acknowledgement."""
+    def _late_fields(self, timesync: TimeSync | None, number: int | None) -> dict:
+        """The fields of a reply that depend on when it leaves.  number: its own, with acknowledgement."""
         fields: dict = {}
         if timesync is not None:
             fields["ext"] = {"timesync": timesync.reply()}
-        if batch is not None:
-            fields["ext"] = {**fields.get("ext", {}), "ack": batch}
+        if number is not None:
+            fields["ext"] = {**fields.get("ext", {}), "ack": number}
         if self.options.timestamp:
             fields["timestamp"] = timestamp_now()
         return fields
@@ -1182,9 +991,6 @@ class Bayeux:
     def _channel_shown(message: dict) -> str:
         channel = message.get("channel")
         return channel if isinstance(channel, str) else ""
-
-    def _log_refusal(self, message: dict, exchange: Exchange, error: BayeuxError) -> None:
-        self.logger.info("refused %.100r from %s: %s", message.get("channel"), exchange.address or "-", error)
 
     # -- Handshake -------------------------------------------------------------------------
 
@@ -1221,7 +1027,7 @@ class Bayeux:
             session.active = self.clock()
             session.lease = session.active + self.options.connect_timeout
             self._schedule(session)
-            self._tell("client_connect", client_id=session.id, ip=session.address)
+            self.tell("client_connect", client_id=session.id, ip=session.address)
         self.logger.debug("session %s begins, from %s", session.id, session.address)
         return self._finish(session, message, reply)
 
@@ -1258,14 +1064,16 @@ class Bayeux:
 
         Not held: the first of a session (clients say nothing before it returns), one that shares its
         request with other messages or has another request behind it, one whose client asks for timeout
-        0, one of a crowded browser, and Faye's beside an event stream.  A newer connect releases the older.
+        0, one of a browser that has too many, and Faye's beside an event stream.  A newer connect releases
+        the older.
         """
         if message.get("connectionType") not in self.connection_types:
             raise BayeuxError(400, CONNECT, f"connectionType must be {' or '.join(self.connection_types)}")
         if turn.connecting is not None:
             raise BayeuxError(409, CONNECT, "One connect a request")
         self._end_inactive(session)
-        patience, advice = self._patience(session, message, turn), self._connect_advice(session, message, turn)
+        advice = self._connect_advice(session, message, turn)
+        patience = self._patience(session, message, turn)
         reply = self._success(message, **({"advice": advice} if advice else {}))
         if patience > 0:
             text = encode_json(self._through_extensions(session, reply) or refusal(
@@ -1279,12 +1087,12 @@ class Bayeux:
                 session.hold = turn.exchange.hold = hold
                 self._schedule(session)
             elif session.ack:
-                session.batch += 1
+                session.reply_number += 1
                 turn.events = self._take_events(session)
-            batch = session.batch if session.ack else None
+            number = session.reply_number if session.ack else None
             self.make_ready(session)
         turn.connecting = session
-        return [] if patience > 0 else self._finish(session, message, reply, batch)
+        return [] if patience > 0 else self._finish(session, message, reply, number)
 
     def _begin_connect(self, session: Session, message: dict, turn: Turn) -> None:
         """What every connect does: acknowledge, release the older, show where the session's events go from now on."""
@@ -1315,7 +1123,7 @@ class Bayeux:
     def _patience(self, session: Session, message: dict, turn: Turn) -> float:
         """How long the connect may be held; a shorter time of the client's is honoured.  (Bayeux, "timeout")"""
         if (not session.connected or turn.is_shared or not turn.exchange.may_hold or self.stopping
-                or (message["connectionType"] == EVENTSOURCE and not session.ack) or self._is_crowded(session, turn)):
+                or (message["connectionType"] == EVENTSOURCE and not session.ack) or session.crowded):
             return 0.0
         advice = message.get("advice")
         asked = advice.get("timeout") if isinstance(advice, dict) else None
@@ -1369,7 +1177,7 @@ class Bayeux:
             if len(session.subscriptions.union(wanted)) > self.options.max_subscriptions:
                 raise BayeuxError(429, SUBSCRIBE, f"More than {self.options.max_subscriptions} subscriptions")
             for pattern in wanted:
-                self._add_subscription(session, pattern)
+                self.add_subscription(session, pattern)
         return self._finish(session, message, self._success(message, subscription=message["subscription"]))
 
     def _unsubscribe(self, session: Session, message: dict, turn: Turn) -> list[str]:
@@ -1380,7 +1188,7 @@ class Bayeux:
             for pattern in recorded:
                 self.require_subscription(session, pattern)
             for pattern in recorded:
-                self._remove_subscription(session, pattern)
+                self.remove_subscription(session, pattern)
         return self._finish(session, message, self._success(message, subscription=message["subscription"]))
 
     @staticmethod
@@ -1402,18 +1210,18 @@ class Bayeux:
         if pattern not in subscriber.subscriptions:
             raise BayeuxError(404, pattern, "Not subscribed")
 
-    def _add_subscription(self, subscriber: Session | LocalClient, pattern: str) -> None:
+    def add_subscription(self, subscriber: Session | LocalClient, pattern: str) -> None:
         assert self.lock.locked()
         if pattern not in subscriber.subscriptions:
             subscriber.subscriptions.add(pattern)
             self.registry.add(pattern, subscriber)
-            self._tell("subscribe", client_id=subscriber.id, channel=pattern)
+            self.tell("subscribe", client_id=subscriber.id, channel=pattern)
 
-    def _remove_subscription(self, subscriber: Session | LocalClient, pattern: str) -> None:
+    def remove_subscription(self, subscriber: Session | LocalClient, pattern: str) -> None:
         assert self.lock.locked()
         subscriber.forget(pattern)
         self.registry.discard(pattern, subscriber)
-        self._tell("unsubscribe", client_id=subscriber.id, channel=pattern)
+        self.tell("unsubscribe", client_id=subscriber.id, channel=pattern)
 
     def _require_live(self, session: Session) -> None:
         """It may have ended since the message was let in: another of its requests may have said so."""
@@ -1460,39 +1268,31 @@ class Bayeux:
 
     def _deliver(self, event: Event) -> None:
         """Queue the event for every subscriber.  Overlapping subscriptions deliver one copy."""
-        if self._outgoing:
-            return self._deliver_through_extensions(event)
         notice = event.notice() if self._listeners else None
+        own_events = self._own_events(event) if self._outgoing else None
         with self.condition:
-            for subscriber in self.registry.subscribers(event.channel):
-                subscriber.accept(event, self)
+            if own_events is None:
+                for subscriber in self.registry.subscribers(event.channel):
+                    subscriber.accept(event, self)
+            else:
+                for subscriber, own_event in own_events:
+                    if own_event is not None and not subscriber.ended:
+                        subscriber.accept(own_event, self)
             self._end_overfull()
             if notice is not None:
-                self._tell("publish", **notice)
+                self.tell("publish", **notice)
 
-    def _deliver_through_extensions(self, event: Event) -> None:
-        """The same where each session may get another text, or none: one encoding for each."""
-        notice = event.notice() if self._listeners else None
+    def _own_events(self, event: Event) -> list[tuple[Session | LocalClient, Event | None]]:
+        """The subscribers, each with the event as it is to get it: one encoding for each."""
         with self.condition:
             subscribers = list(self.registry.subscribers(event.channel))
-        accepted: list[tuple] = []
-        for subscriber in subscribers:
-            own_event = self._own_event(subscriber, event) if isinstance(subscriber, Session) else event
-            if own_event is not None:
-                accepted.append((subscriber, own_event))
-        with self.condition:
-            for subscriber, own_event in accepted:
-                if not subscriber.ended:
-                    subscriber.accept(own_event, self)
-            self._end_overfull()
-            if notice is not None:
-                self._tell("publish", **notice)
+        return [(subscriber, self._own_event(subscriber, event)) for subscriber in subscribers]
 
-    def _own_event(self, session: Session, event: Event) -> Event | None:
+    def _own_event(self, subscriber: Session | LocalClient, event: Event) -> Event | None:
         """The event as the extensions leave it for one session; None where one drops or spoils it."""
-        if not self._outgoing:
+        if not self._outgoing or not isinstance(subscriber, Session):
             return event
-        message = self._through_extensions(session, json.loads(event.text))
+        message = self._through_extensions(subscriber, json.loads(event.text))
         try:
             return Event(message, is_lazy=event.is_lazy) if message is not None else None
         except (KeyError, TypeError, ValueError):
@@ -1573,7 +1373,7 @@ class Bayeux:
         if session.stream is not None:
             self.released.append(Answer(session.stream, []))    # an event stream ends with its session
             self._attach(session, None)
-        self._tell("client_disconnect", client_id=session.id, reason=reason)
+        self.tell("client_disconnect", client_id=session.id, reason=reason)
 
     def _farewell(self, session: Session, reason: str) -> dict:
         """What a held connect is told when its session ends."""
@@ -1614,12 +1414,12 @@ class Bayeux:
         session.hold = hold.exchange.hold = None
         session.lease = self.clock() + self.options.connect_timeout
         reply = with_fields(hold.reply, fields) if fields else hold.reply
-        batch = None
+        number = None
         if session.ack:
-            session.batch += 1
-            batch = session.batch
-        is_plain = hold.timesync is None and batch is None and not self.options.timestamp
-        late = None if is_plain else partial(self._late_fields, hold.timesync, batch)
+            session.reply_number += 1
+            number = session.reply_number
+        is_plain = hold.timesync is None and number is None and not self.options.timestamp
+        late = None if is_plain else partial(self._late_fields, hold.timesync, number)
         return Answer(hold.exchange, [reply], session, late_fields=late)
 
     def _attach(self, session: Session, stream: Stream | None) -> None:
@@ -1654,14 +1454,14 @@ class Bayeux:
                 self._schedule(session)
 
     def make_ready(self, session: Session) -> None:
-        """Put the session in line for an answer, if it has events and a held connect to carry them."""
+        """Put the session in line for an answer, if it has events and something to carry them."""
         assert self.lock.locked()
         if session.is_urgent and session.queue and session.can_take_events and not session.is_ready:
             session.is_ready = True
             self.ready.append(session)
 
     def take_answers(self, limit: int) -> list[Answer]:
-        """What is to be sent now, to at most limit held connects (and all that were released)."""
+        """What is to be sent now: all that was released, and the events of sessions in line, up to limit."""
         assert self.lock.locked()
         self._look_at_timers()
         answers = list(self.released)
@@ -1689,7 +1489,7 @@ class Bayeux:
         events, session.queue = session.queue[:limit], session.queue[limit:] if limit is not None else []
         session.is_urgent, session.lazy_deadline = bool(session.queue), math.inf
         if session.ack:
-            session.unacknowledged += [(session.batch, event) for event in events]
+            session.unacknowledged += [(session.reply_number, event) for event in events]
         else:
             session.in_flight = bool(events)
         return events
@@ -1811,7 +1611,7 @@ class Bayeux:
     def add_listener(self, listener: Callable[[str, dict], None]) -> None:
         self._listeners.append(listener)
 
-    def _tell(self, event: str, /, **details: Any) -> None:
+    def tell(self, event: str, /, **details: Any) -> None:
         """Let the listeners know, in order, on a thread of their own.  What is None is left out, but for data."""
         assert self.lock.locked()
         if self._listeners or event == "client_disconnect":
@@ -1843,14 +1643,14 @@ class Bayeux:
     def subscribe(self, channel: str, client_id: str) -> None:
         self.require_broadcast(channel, is_channel_pattern(channel))
         with self.condition:
-            self._add_subscription(self.subscriber(client_id), channel)
+            self.add_subscription(self.subscriber(client_id), channel)
         self.wake()
 
     def unsubscribe(self, channel: str, client_id: str) -> None:
         with self.condition:
             subscriber = self.subscriber(client_id)
             self.require_subscription(subscriber, channel)
-            self._remove_subscription(subscriber, channel)
+            self.remove_subscription(subscriber, channel)
         self.wake()
 
     def publish(self, channel: str, data: Any, client_id: str | None = None, id: Any = None,
@@ -1865,12 +1665,12 @@ class Bayeux:
         event = Event({"channel": channel, "data": data, **extra})
         with self.condition:
             subscriber = self.subscriber(client_id)
-        own_event = self._own_event(subscriber, event) if isinstance(subscriber, Session) else event
+        own_event = self._own_event(subscriber, event)
         with self.condition:
             if own_event is not None and not subscriber.ended:
                 subscriber.accept(own_event, self)
             self._end_overfull()
-            self._tell("client_push", client_id=client_id, channel=channel, data=data, **extra)
+            self.tell("client_push", client_id=client_id, channel=channel, data=data, **extra)
         self.wake()
 
     def disconnect(self, client_id: str, reason: str) -> None:
@@ -1935,7 +1735,7 @@ class LocalClient:
             if self.id in self._core.local_clients:
                 raise ValueError(f"another local client has the name {self.id!r}")
             self._core.local_clients[self.id] = self
-            self._core._tell("client_connect", client_id=self.id, session=self)
+            self._core.tell("client_connect", client_id=self.id, session=self)
         self._core.wake()
 
     def __repr__(self) -> str:
@@ -1966,7 +1766,7 @@ class LocalClient:
             self._callbacks.pop(channel, None)
             if callback is not None:
                 self._callbacks[channel] = callback
-            self._core._add_subscription(self, channel)
+            self._core.add_subscription(self, channel)
         self._core.wake()
 
     def unsubscribe(self, channel: str) -> None:
@@ -1974,7 +1774,7 @@ class LocalClient:
         with self._core.condition:
             self._require_open()
             self._core.require_subscription(self, channel)
-            self._core._remove_subscription(self, channel)
+            self._core.remove_subscription(self, channel)
         self._core.wake()
 
     def _require_open(self) -> None:
@@ -2019,7 +1819,7 @@ class LocalClient:
         for pattern in self.subscriptions:
             core.registry.discard(pattern, self)
         self.subscriptions = set()
-        core._tell("client_disconnect", client_id=self.id, reason=reason)
+        core.tell("client_disconnect", client_id=self.id, reason=reason)
         if reason != ENDED_SHUTDOWN:
             self._mailbox.items.clear()
         if self._on_end is not None:
@@ -2044,15 +1844,15 @@ class LocalClient:
 # ======================================================================================
 # §7  The long-poll wait
 #
-# One thread waits, on one Condition, for all held connects together: for sessions that have
-# something to say, and for the nearest deadline.  (A thread for each held connect costs three
+# One thread waits, on one Condition, for all sessions together: for those that have something to
+# say and what can carry it, and for the nearest deadline.  (A thread for each held connect costs three
 # times the time and twenty times the memory: every wake-up hands the interpreter's lock round
 # a thousand threads.)  It takes a few answers under the lock, sends them without it, and
 # settles them when it takes the next.  What piled up meanwhile leaves together.
 # ======================================================================================
 
 class LongPollWait(threading.Thread):
-    """The only way out for events to held connects."""
+    """Answers held connects and feeds streams; connects that are not held take their events along themselves."""
 
     def __init__(self, core: Bayeux) -> None:
         super().__init__(name="bayeux long-poll wait", daemon=True)
@@ -2110,8 +1910,7 @@ WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 # Close codes (RFC 6455, "Defined Status Codes"); a peer may send these, and 3000 to 4999.
-NORMAL, GOING_AWAY, PROTOCOL_ERROR, UNSUPPORTED_DATA, NO_CODE, BAD_DATA, TOO_BIG = (
-    1000, 1001, 1002, 1003, 1005, 1007, 1009)
+GOING_AWAY, PROTOCOL_ERROR, UNSUPPORTED_DATA, NO_CODE, BAD_DATA, TOO_BIG = 1001, 1002, 1003, 1005, 1007, 1009
 CLOSE_CODES = (1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014)
 
 
@@ -2317,9 +2116,9 @@ class Connection:
     expired(connection) when its deadline is over, lost(connection) when it is closed.
     """
 
-    __slots__ = ("address", "deadline", "events", "exchange", "idle_time", "input", "is_arriving", "is_closed",
+    __slots__ = ("address", "deadline", "exchange", "idle_time", "input", "is_arriving", "is_closed",
                  "is_closing", "is_handled", "lock", "output", "protocol", "request", "socket", "source", "watch",
-                 "when_written", "written")
+                 "watched", "when_written", "written")
 
     def __init__(self, client_socket: socket.socket, address: str, watch: Watch, protocol: Any) -> None:
         self.socket = client_socket
@@ -2340,7 +2139,7 @@ class Connection:
         self.is_closing = False
         self.is_closed = False
         self.deadline = time.monotonic() + watch.patience
-        self.events = 0                                     # that the selector watches for; 0: not in it
+        self.watched = 0                                    # what the selector watches for; 0: it is not in it
 
     def receive(self) -> bytes | None:
         """What has come; b'' at the end; None if there is nothing yet."""
@@ -2366,26 +2165,15 @@ class Connection:
         with self.lock:
             if self.is_closed or self.exchange is None:
                 return False
-            if is_last:
-                self.is_closing = True
-            try:
-                sent = self.send(data)
-            except WOULD_BLOCK:
-                sent = 0
-            except OSError:
-                sent = -1
-            is_written = sent == len(data) and source is None
+            self.is_closing = self.is_closing or is_last
+            is_written = self._send_or_keep(data, source, when_written)
             if is_written:
                 self._finish_exchange()
-            elif sent >= 0:
-                self._keep(data[sent:], when_written)
-                self.source = source
-        if sent < 0:
+        if is_written is False:
             self.abort()
-            return False
-        if not is_written or self.input:
+        elif is_written is None or self.input:
             self.watch.resume(self)
-        return True if is_written else None
+        return is_written
 
     def push(self, data: bytes, is_last: bool = False,
              when_written: Callable[[bool], None] | None = None) -> bool | None:
@@ -2394,31 +2182,33 @@ class Connection:
             if self.is_closed or self.is_closing:
                 return False
             self.is_closing = is_last
-            try:
-                sent = 0 if self.output else self.send(data)
-            except WOULD_BLOCK:
-                sent = 0
-            except OSError:
-                sent = -1
-            if sent == len(data):
-                if is_last:
-                    self._finish_exchange()
-                return True
-            if sent >= 0:
-                self._keep(data[sent:], when_written)
-        if sent < 0:
+            is_written = self._send_or_keep(data, None, when_written)
+            if is_written and is_last:
+                self._finish_exchange()
+        if is_written is False:
             self.abort()
-            return False
-        self.watch.resume(self)
-        return None
+        elif is_written is None:
+            self.watch.resume(self)
+        return is_written
 
-    def _keep(self, data: bytes, when_written: Callable[[bool], None] | None) -> None:
-        """For flush(), as the peer has no room now."""
+    def _send_or_keep(self, data: bytes, source: FileSource | None,
+                      when_written: Callable[[bool], None] | None) -> bool | None:
+        """Send what there is room for, and keep the rest for flush(); returns what write() does."""
+        assert self.lock.locked()
+        try:
+            sent = 0 if self.output else self.send(data)
+        except WOULD_BLOCK:
+            sent = 0
+        except OSError:
+            return False
+        if sent == len(data) and source is None and not self.output:
+            return True
         if not self.output:                     # else the peer's time is running already
             self.deadline = time.monotonic() + self.watch.patience
-        self.output = memoryview(bytes(self.output) + data)
+        self.output, self.source = memoryview(bytes(self.output) + data[sent:]), source
         if when_written is not None:
             self.when_written.append((self.written + len(self.output), when_written))
+        return None
 
     def write_interim(self, data: bytes) -> None:
         """Send a few bytes before the answer (100 Continue).  Where there is no room for them they are left out."""
@@ -2613,9 +2403,9 @@ class Watch:
         me = self._leader = threading.get_ident()
         while not self._is_over:
             self._look_after_listener()
-            for key, events in self._selector.select(0 if self._resumed else self._seconds_to_sweep()):
+            for key, ready in self._selector.select(0 if self._resumed else self._seconds_to_sweep()):
                 if key.data is not None:
-                    self._attend(key.data, self._look_at_events, events)
+                    self._attend(key.data, self._look_at_socket, ready)
                 elif key.fileobj is self._listener:
                     self._accept()
                 else:
@@ -2644,10 +2434,10 @@ class Watch:
         if self.is_led_here():
             self._current = None
 
-    def _look_at_events(self, connection: Connection, events: int) -> None:
-        if connection.events & events & selectors.EVENT_WRITE:
+    def _look_at_socket(self, connection: Connection, ready: int) -> None:
+        if connection.watched & ready & selectors.EVENT_WRITE:
             connection.flush()
-        elif connection.events & events:        # else it was closed, or handed over, since the selector saw it
+        elif connection.watched & ready:        # else it was closed, or handed over, since the selector saw it
             data = connection.receive()
             if data == b"":
                 self.close(connection)
@@ -2657,9 +2447,9 @@ class Watch:
 
     def _look_again(self, connection: Connection) -> None:
         is_writing = connection.output or connection.source is not None
-        events = selectors.EVENT_WRITE if is_writing else 0 if connection.is_handled else selectors.EVENT_READ
-        self._watch_for(connection, events)
-        if connection.input and events == selectors.EVENT_READ and not connection.is_closing:
+        wanted = selectors.EVENT_WRITE if is_writing else 0 if connection.is_handled else selectors.EVENT_READ
+        self._watch_for(connection, wanted)
+        if connection.input and wanted == selectors.EVENT_READ and not connection.is_closing:
             connection.protocol.consume(connection)
 
     def _look_at_deadline(self, connection: Connection) -> None:
@@ -2668,16 +2458,16 @@ class Watch:
         elif not connection.is_handled:         # else the time is ours
             connection.protocol.expired(connection)
 
-    def _watch_for(self, connection: Connection, events: int) -> None:
-        if connection.events == events or connection.is_closed:
+    def _watch_for(self, connection: Connection, wanted: int) -> None:
+        if connection.watched == wanted or connection.is_closed:
             return
-        if events == 0:
+        if wanted == 0:
             self._selector.unregister(connection.socket)
-        elif connection.events == 0:
-            self._selector.register(connection.socket, events, connection)
+        elif connection.watched == 0:
+            self._selector.register(connection.socket, wanted, connection)
         else:
-            self._selector.modify(connection.socket, events, connection)
-        connection.events = events
+            self._selector.modify(connection.socket, wanted, connection)
+        connection.watched = wanted
 
     def close(self, connection: Connection) -> None:
         self._watch_for(connection, 0)
@@ -2998,7 +2788,7 @@ class HttpExchange(Exchange):
 class HttpStream(Stream):
     """A connection that HTTP has been left behind on: what WebSocket and event stream have in common."""
 
-    __slots__ = ("_connection", "_cookie", "_http", "address", "is_counted")
+    __slots__ = ("_connection", "_http", "address", "browser", "is_counted")
 
     def __init__(self, http_transport: HttpTransport, connection: Connection, request: Request) -> None:
         super().__init__()
@@ -3006,11 +2796,7 @@ class HttpStream(Stream):
         self.is_counted = True
         self._http = http_transport
         self._connection = connection
-        self._cookie = request.headers.get("cookie")
-
-    @property
-    def browser(self) -> str | None:
-        return browser_of(self._cookie)
+        self.browser = browser_of(request.headers.get("cookie"))
 
     def give_up(self) -> None:
         self._connection.abort()
@@ -3133,21 +2919,13 @@ class WebSocket(HttpStream):
 class SocketExchange(Exchange):
     """One batch that came over a WebSocket."""
 
-    __slots__ = ("is_large", "stream")
+    __slots__ = ("address", "browser", "is_large", "stream")
     transport = WEBSOCKET
 
     def __init__(self, stream: WebSocket, text: str, options: Options) -> None:
         super().__init__()
-        self.stream = stream
+        self.stream, self.address, self.browser = stream, stream.address, stream.browser
         self.is_large = 4 * len(text) > options.max_message_size     # characters take up to 4 bytes
-
-    @property
-    def address(self) -> str:
-        return self.stream.address
-
-    @property
-    def browser(self) -> str | None:
-        return self.stream.browser
 
     def give_up(self) -> None:
         self.stream.give_up()
@@ -3363,7 +3141,7 @@ class HttpTransport:
         except HTTPFault as fault:
             self._refuse(connection, request, fault, is_last=not request.wants_keep_alive)
         except BayeuxError as error:            # a body that holds no batch
-            self._refuse(connection, request, HTTPFault(400, str(error).split(":", 2)[2]),
+            self._refuse(connection, request, HTTPFault(400, error.text),
                          is_last=not request.wants_keep_alive)
         except Exception:
             self.logger.exception("%s %.200r failed", request.method, request.target)
@@ -3753,7 +3531,201 @@ class FileHandler(http.server.SimpleHTTPRequestHandler):
 
 # ======================================================================================
 # §11  The server
+#
+# Puts the parts together: options, handler threads and watch (§9), core (§5), HTTP (§10) and
+# the long-poll wait (§7).  Of socketserver it uses the making of the listening socket and the
+# accepting; a connection is then parked, not given a thread.
+#
+# Stopping, within `grace` seconds: free the port; end all sessions, so that every held connect gets
+# its last reply and local clients are told; wait until callbacks are done and answers written; close
+# the streams, with a word of why where they have one; hang up.
 # ======================================================================================
+
+class OptionError(ValueError):
+    """An option of the server has a value it may not have.  The text names option, value and what is allowed."""
+
+
+class Kind(NamedTuple):
+    """What values an option takes: in words, as a test, and as read from a command line."""
+
+    allowed: str
+    accepts: Callable[[Any], bool]
+    read: Callable[[str], Any] | None = None
+    many: bool = False
+    shown: str = "TEXT"                 # in --help
+
+
+def whole(low: int, high: float = math.inf) -> Kind:
+    words = f"a whole number from {low} to {high}" if high < math.inf else f"a whole number, {low} or more"
+    return Kind(words, lambda value: is_number(value) and isinstance(value, int) and low <= value <= high,
+                int, shown="NUMBER")
+
+
+def seconds(low: float = 0.0) -> Kind:
+    words = "a number of seconds, %s" % (f"{low:g} or more" if low else "0 or more")
+    return Kind(words, lambda value: is_number(value) and value >= low, float, shown="SECONDS")
+
+
+def names(words: str, accepts: Callable[[str], bool] = bool) -> Kind:
+    """Several texts.  A lone text is refused: its characters would be taken for the members."""
+    return Kind("a list of " + words, lambda value: isinstance(value, (list, tuple, set, frozenset)) and all(
+        isinstance(each, str) and accepts(each) for each in value), str, True)
+
+
+def table(words: str, accepts: Callable[[Any, Any], bool], read: Callable[[str], Any] | None = None) -> Kind:
+    return Kind(words, lambda value: isinstance(value, Mapping) and all(
+        accepts(key, entry) for key, entry in value.items()), read, read is not None)
+
+
+def is_network(value: str) -> bool:
+    try:
+        return bool(ipaddress.ip_network(value, strict=False))
+    except ValueError:
+        return False
+
+
+def is_origin(value: str) -> bool:
+    return value == "*" or re.fullmatch(r"https?://[^/\s]+", value) is not None
+
+
+def read_type_expires(text: str) -> tuple[str, int]:
+    mime_type, _, lifetime = text.partition("=")
+    return mime_type.strip(), int(lifetime)
+
+
+SWITCH = Kind("True or False", lambda value: isinstance(value, bool))
+TEXT = Kind("a text that is not empty", lambda value: isinstance(value, str) and value != "", str)
+PATH = Kind("a file's path, or None", lambda value: value is None or isinstance(value, (str, os.PathLike)), str)
+FOLDER = Kind("a folder that exists, or None",
+              lambda value: value is None or (isinstance(value, (str, os.PathLike)) and os.path.isdir(value)), str)
+FILE_NAMES = names("file names", lambda name: name != "" and "/" not in name)
+ORIGINS = names("origins such as https://example.org, or *", is_origin)
+NETWORKS = names("IP addresses or networks", is_network)
+PATTERNS = names("channels or patterns such as /chat/*", is_channel_pattern)
+FUNCTION = Kind("a function, or None", lambda value: value is None or callable(value))
+FUNCTIONS = table("a mapping of names to functions",
+                  lambda name, function: isinstance(name, str) and callable(function))
+URL_PATH = Kind("an absolute path such as /cometd", lambda value: isinstance(value, str)
+                and re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", value) is not None, str)
+TYPE_EXPIRES = table("MIME types with whole seconds, image/png=3600", lambda mime_type, lifetime: (
+    isinstance(mime_type, str) and "/" in mime_type and is_number(lifetime) and lifetime >= 0), read_type_expires)
+EXTENSIONS = Kind("a list of objects with incoming(session, message) or outgoing(session, message)",
+                  lambda value: isinstance(value, (list, tuple)) and all(
+                      hasattr(each, "incoming") or hasattr(each, "outgoing") for each in value))
+TLS_CONTEXT = Kind("an ssl.SSLContext, or None", lambda value: value is None or isinstance(value, ssl.SSLContext))
+
+
+# ruff: noqa: RUF009 (what option() returns is a dataclasses.field, and a default of nobody's)
+def option(default: Any, kind: Kind, help_text: str, flag: str | None = None) -> Any:
+    """A row of Options; it is on the command line when its kind can be read there."""
+    metadata = {"kind": kind, "help": help_text, "flag": flag}
+    if default == {}:                   # a new one for each server
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Everything that can be set, the keywords of BayeuxServer; most are flags too (--help).
+
+    Raises:
+        OptionError: a value is not of its kind, or two options contradict each other.
+    """
+
+    # Where it listens, and what it serves
+    host: str = option("127.0.0.1", TEXT, "address to listen on; 0.0.0.0 is every one of this machine")
+    port: int = option(8080, whole(0, 65535), "TCP port; 0 takes any free one")
+    path: str = option("/cometd", URL_PATH, "where Bayeux is spoken, with every path below it")
+    alias: str = option("bayeux", TEXT, "name by which LocalClient finds the server in this process")
+    docroot: str | None = option(None, FOLDER, "folder of static files (on the command line: .)")
+    directory_index: Iterable[str] = option(
+        ("index.html",), FILE_NAMES, "file shown for a folder, in order of preference", "--directory-index")
+    type_expires: Mapping[str, int] = option({}, TYPE_EXPIRES, "how long browsers may keep files of a MIME type, in s")
+    tls_cert: str | None = option(None, PATH, "certificate chain (PEM): serve HTTPS; needs --tls-key")
+    tls_key: str | None = option(None, PATH, "private key (PEM) of --tls-cert")
+    tls_context: ssl.SSLContext | None = option(None, TLS_CONTEXT, "TLS as you set it up yourself")
+
+    # Who may do what
+    anon_publish: bool = option(False, SWITCH, "let remote clients publish without a handshake")
+    allowed_origins: Iterable[str] = option(
+        (), ORIGINS, "other site whose pages may use this server; * is any, without cookies", "--allowed-origin")
+    trusted_proxies: Iterable[str] = option((), NETWORKS, "proxy whose X-Forwarded-For is believed", "--trusted-proxy")
+    bind_sessions: bool = option(False, SWITCH, "a session works only with the cookie of its handshake")
+
+    # Times of the protocol
+    timeout: float = option(30.0, seconds(), "how long a /meta/connect is held")
+    interval: float = option(0.0, seconds(), "how long clients pause between two connects")
+    connect_timeout: float = option(120.0, seconds(0.001), "how long a session lives without an open /meta/connect")
+    request_timeout: float = option(
+        30.0, seconds(0.001), "how long a client may take to send a request, or to take in an answer")
+    ping_interval: float = option(
+        30.0, seconds(), "how long a WebSocket may be silent before it is pinged, and then closed; 0: for ever")
+    max_inactivity: float = option(
+        0.0, seconds(), "how long a session may send nothing but /meta/connect before it is ended; 0: for ever")
+    max_lazy: float = option(5.0, seconds(), "how long an event on a lazy channel may wait")
+    grace: float = option(5.0, seconds(), "how long stopping may take")
+
+    # Limits
+    client_max_connections: int = option(10, whole(0), "Bayeux requests open at once from one address; 0: no limit")
+    max_sessions: int = option(10_000, whole(1), "sessions at once")
+    max_sessions_per_browser: int = option(
+        0, whole(0), "held connects of one browser, told by cookie; its further sessions are told to poll; 0: no limit")
+    max_subscriptions: int = option(1000, whole(1), "subscriptions of one session")
+    max_queue: int = option(10_000, whole(1), "events that may wait for one session; one more ends it")
+    max_frame_events: int = option(
+        100, whole(1), "events that leave together in one WebSocket frame, or one server-sent event")
+    max_message_size: int = option(64 * 1024, whole(1), "bytes of one message")
+    max_request_size: int = option(1024 * 1024, whole(1), "bytes of one request's body")
+    max_threads: int = option(64, whole(2), "handler threads at most")
+
+    # Extensions of the protocol
+    ack: bool = option(
+        True, SWITCH, "acknowledged delivery for clients that ask for it: what is lost on the way is sent again")
+    lazy_channels: Iterable[str] = option(
+        (), PATTERNS, "channel or pattern whose events wait for the next delivery", "--lazy-channel")
+    json_comment_filtered: bool = option(True, SWITCH, "replies as /*[...]*/ for old clients that ask for it")
+    timesync: bool = option(True, SWITCH, "answer ext.timesync, by which a client learns our clock")
+    timestamp: bool = option(False, SWITCH, "put our time into replies and events")
+    forward_id: bool = option(False, SWITCH, "send events with their publisher's id (some clients then lose them)")
+    extensions: Iterable[Any] = option((), EXTENSIONS, "your own: incoming and outgoing methods")
+
+    # The application's code
+    services: Mapping[str, Callable] = option({}, FUNCTIONS, "name of /service/<name>, and what answers it")
+    message_acl: Callable | None = option(None, FUNCTION, "called with session and message: text refuses")
+    callback: Callable | None = option(None, FUNCTION, "told of subscribe, publish, client_connect, ...")
+    content_handlers: Mapping[str, Callable] = option({}, FUNCTIONS, "URL path prefix, and what answers it")
+    post_handle: Callable | None = option(None, FUNCTION, "called with request and response of plain HTTP")
+
+    # Logging
+    debug: bool = option(False, SWITCH, "log every message")
+    log_file: str | None = option(None, PATH, "log into this file")
+
+    def __post_init__(self) -> None:
+        for row in dataclasses.fields(self):
+            value, kind = getattr(self, row.name), row.metadata["kind"]
+            if not kind.accepts(value):
+                raise OptionError(f"{row.name} is {value!r}: it must be {kind.allowed}")
+        if self.interval >= self.connect_timeout:
+            raise OptionError(f"interval is {self.interval!r}: it must be less than connect_timeout, "
+                              f"{self.connect_timeout!r}, or every session would end between two connects")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise OptionError(f"tls_cert is {self.tls_cert!r} and tls_key is {self.tls_key!r}: give both, or none")
+        if self.tls_cert is not None and self.tls_context is not None:
+            raise OptionError(f"tls_cert is {self.tls_cert!r}: with tls_context it must be None")
+        for prefix in self.content_handlers:
+            if not prefix.startswith("/") or prefix == self.path:
+                raise OptionError(f"content_handlers has {prefix!r}: it must be a path that begins with / and "
+                                  f"is not {self.path}")
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> Options:
+        known = [row.name for row in dataclasses.fields(cls)]
+        for name in keywords:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                raise OptionError("{} is no option{}".format(name, f"; did you mean {near[0]}?" if near else ""))
+        return cls(**keywords)
+
 
 class BayeuxServer(http.server.ThreadingHTTPServer):
     """A Bayeux server, and a small file server beside it.
@@ -3986,6 +3958,9 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
 
 # ======================================================================================
 # §12  Command line
+#
+# Every option that can be typed is a flag, made from its row in Options.  A signal only leaves a
+# note; the main thread reads it, and stops the server.
 # ======================================================================================
 
 def add_demo(server: BayeuxServer) -> None:
