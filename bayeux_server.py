@@ -144,6 +144,10 @@ RECEIVE_SIZE = 64 * 1024                # bytes read from a socket, or from a fi
 REQUESTS_AT_ONCE = 16                   # of one connection, before others have their turn
 PARTS_AT_ONCE = 16                      # of one large output, likewise
 ANSWERS_AT_ONCE = 32                    # connects answered between two looks at the queues
+LONGEST_WAIT = 3600.0                   # seconds that a thread sleeps at once; Condition.wait bears no 300 years
+
+# What the application's code may raise.  sys.exit() in it ends no thread of ours.
+APPLICATION_FAULTS = (Exception, SystemExit)
 
 
 def is_number(value: Any) -> bool:
@@ -601,7 +605,8 @@ class Session:
 
     __slots__ = ("__weakref__", "ack", "active", "address", "browser", "comment_filtered", "connected", "created",
                  "crowded", "ended", "flags", "hold", "id", "in_flight", "is_ready", "is_urgent", "lazy_deadline",
-                 "lease", "queue", "reply_number", "stream", "subscriptions", "timer", "transport", "unacknowledged")
+                 "lease", "queue", "reply_number", "sent_again", "stream", "subscriptions",
+                 "timer", "transport", "unacknowledged")
 
     def __init__(self, id: str | None, exchange: Exchange) -> None:
         self.id = id
@@ -622,7 +627,8 @@ class Session:
         self.in_flight = False
         self.ack = False
         self.reply_number = 0               # of its latest reply to a connect, where they are acknowledged
-        self.unacknowledged: list[tuple[int, Event]] = []       # by the number of the reply that took it
+        self.unacknowledged: dict[Event, tuple[int, ...]] = {}  # with the numbers of the replies that took it
+        self.sent_again: dict[Event, tuple[int, ...]] = {}      # the same of events that are in the queue once more
         self.stream: Stream | None = None
         self.hold: Hold | None = None
         self.is_ready = False               # stands in the core's queue of sessions with something to say
@@ -648,13 +654,29 @@ class Session:
         self.subscriptions.discard(pattern)
 
     def acknowledge(self, number: Any) -> None:
-        """The client has seen the replies up to number; what later ones took comes first again.  Under the lock."""
+        """The client has seen the replies up to number; what later ones took comes first again.  Under the lock.
+
+        A connect may be late: its client has long given it up, and come back.  Its number is old, then, and
+        events leave again that have been seen.  So an event remembers all the replies it left with, and the
+        client has seen it if it names one of them.
+        """
         seen = number if is_number(number) else 0       # a client may begin with null, 0 or -1
-        missed = [event for taken_by, event in self.unacknowledged if taken_by > seen]
-        self.unacknowledged = []
-        if missed:
-            self.queue[:0] = missed
-            self.is_urgent = True
+        known = {event for event, numbers in self.sent_again.items() if seen in numbers}
+        for event in known:
+            del self.sent_again[event]
+        if known:
+            self.queue = [event for event in self.queue if event not in known]
+        missed = {event: numbers for event, numbers in self.unacknowledged.items()
+                  if seen not in numbers and numbers[-1] > seen}
+        self.unacknowledged = {}
+        self.sent_again.update(missed)
+        self.queue[:0] = missed
+        self.is_urgent = self.is_urgent or bool(missed)
+
+    def take_out(self, event: Event) -> None:
+        """The event leaves with the reply of reply_number, and may have to leave again.  Under the lock."""
+        numbers = self.sent_again.pop(event, ())
+        self.unacknowledged[event] = (*numbers[-9:], self.reply_number)
 
     def end(self, reason: str, core: Bayeux) -> None:
         """Leave the server.  Under the lock."""
@@ -715,19 +737,22 @@ class Mailbox:
 
     def open(self) -> None:
         """Handle all there is; a piece that fails is logged and harms no other."""
+        core, me = self.core, threading.get_ident()
         while True:
-            with self.core.condition:
+            with core.condition:
                 items, self.items = self.items, []
+                core.opening.add(me)
                 if not items:
                     self.is_scheduled = False
-                    self.core.scheduled_mailboxes -= 1
-                    self.core.condition.notify_all()    # for whoever stops the server and waits for this
+                    core.scheduled_mailboxes -= 1
+                    core.opening.discard(me)
+                    core.condition.notify_all()         # for whoever stops the server and waits for this
                     return
             for item in items:
                 try:
                     self.handle(item)
-                except Exception:
-                    self.core.logger.exception("a callback failed")
+                except APPLICATION_FAULTS:
+                    core.logger.exception("a callback failed")
 
 
 # ======================================================================================
@@ -811,6 +836,7 @@ class Bayeux:
         self.overfull: list[Session | LocalClient] = []                     # with more events than max_queue
         self.timers: list[tuple[float, int, Session]] = []                  # a heap: when to look at whom
         self.mailboxes: list[Mailbox] = []                                  # to be opened
+        self.opening: set[int] = set()                                      # threads that run callbacks
         self.scheduled_mailboxes = 0                                        # those, and those being opened
         self.stopping = False
         self._departed: collections.OrderedDict[str, str] = collections.OrderedDict()
@@ -852,7 +878,7 @@ class Bayeux:
         """Handle one message.  The texts of its replies: one; several of some services; none if it is held."""
         try:
             return self._handle_or_refuse(message, turn)
-        except Exception:                   # ours or an extension's: the neighbours are answered all the same
+        except APPLICATION_FAULTS:          # ours or an extension's: the neighbours are answered all the same
             request = message if isinstance(message, dict) else {}
             self.logger.exception("handling a message on %.100r failed", request.get("channel"))
             error = BayeuxError(500, self._channel_shown(request), "The server failed")
@@ -865,7 +891,8 @@ class Bayeux:
             request = self._admit(session, message, turn)
             return self._handle(session, request, turn)
         except BayeuxError as error:
-            self.logger.info("refused %.100r from %s: %s", request.get("channel"), turn.exchange.address or "-", error)
+            self.logger.info("refused %.100r from %s: %s", request.get("channel"), turn.exchange.address or "-",
+                             error)
             return self._finish(session, request, refusal(request, error))
 
     def _session_of(self, message: dict, turn: Turn) -> Session | None:
@@ -893,7 +920,7 @@ class Bayeux:
         if message.get("id") is not None and not is_message_id(message["id"]):
             raise BayeuxError(400, self._channel_shown(message), "id must be a string or a number")
         for incoming in self._incoming:
-            self._step_aside()
+            self._application_comes()
             message = incoming(session, message)
             if message is None:
                 raise BayeuxError(403, "", "An extension refused the message")
@@ -937,16 +964,21 @@ class Bayeux:
         raise BayeuxError(402, client_id, "Unknown client" + (f" - it ended by {reason}" if reason else ""),
                           advice=self._advice("handshake"))
 
+    def _application_comes(self) -> None:
+        """The next call may take its time: let what has been published leave, and another thread lead."""
+        self.wake()
+        self._step_aside()
+
     def _check_acl(self, session: Session, message: dict) -> None:
         """Ask the application whether the message may pass; what fails to answer refuses."""
         acl = self.options.message_acl
         if acl is None:
             return
         channel = message["channel"]
-        self._step_aside()
+        self._application_comes()
         try:
             refusal = acl(session, message)
-        except Exception:
+        except APPLICATION_FAULTS:
             self.logger.exception("message_acl failed; the message on %s is refused", channel)
             refusal = "Refused"
         if refusal is not None and refusal is not True and refusal != "":
@@ -1321,7 +1353,7 @@ class Bayeux:
         service = self.services.get(channel[len(SERVICE):]) or self.services.get("_handler")
         if service is None:
             raise BayeuxError(404, channel, "Unknown service")
-        self._step_aside()
+        self._application_comes()
         try:
             returned = service(message)
             if returned is None:
@@ -1331,7 +1363,7 @@ class Bayeux:
             return [text for reply in replies for text in self._finish(session, request, reply)]
         except BayeuxError:
             raise
-        except Exception:
+        except APPLICATION_FAULTS:
             self.logger.exception("the service on %s failed", channel)
             raise BayeuxError(500, channel, "The service failed") from None
 
@@ -1340,10 +1372,10 @@ class Bayeux:
     def _through_extensions(self, session: Session | None, message: dict) -> dict | None:
         """The message as the outgoing extensions leave it; None where one drops it, or fails."""
         for outgoing in self._outgoing:
-            self._step_aside()
+            self._application_comes()
             try:
                 message = outgoing(session, message)
-            except Exception:
+            except APPLICATION_FAULTS:
                 self.logger.exception("an extension failed; its message is dropped")
                 return None
             if message is None:
@@ -1365,14 +1397,15 @@ class Bayeux:
         self._departed[session.id] = reason
         if len(self._departed) > REMEMBERED_SESSIONS:
             self._departed.popitem(last=False)
+        # What was published just before the server stops leaves with the last that the session gets.
+        last_events = session.queue if reason == ENDED_SHUTDOWN and not session.in_flight else []
+        session.queue, session.unacknowledged, session.sent_again = [], {}, {}
         if session.hold is not None:
             self._release(session.hold, self._farewell(session, reason))
-            if reason == ENDED_SHUTDOWN and not session.in_flight:
-                self.released[-1].events = session.queue        # the last reply leaves anyway: it takes what there is
-        session.queue, session.unacknowledged = [], []
-        if session.stream is not None:
-            self.released.append(Answer(session.stream, []))    # an event stream ends with its session
-            self._attach(session, None)
+            self.released[-1].events = last_events
+        elif session.uses_stream and last_events:
+            self.released.append(Answer(session.stream, [], None, last_events))
+        self._attach(session, None)
         self.tell("client_disconnect", client_id=session.id, reason=reason)
 
     def _farewell(self, session: Session, reason: str) -> dict:
@@ -1397,7 +1430,8 @@ class Bayeux:
     def is_quiet(self) -> bool:
         """Whether no callback is running, or waits to."""
         assert self.lock.locked()
-        return self.scheduled_mailboxes == 0
+        own = threading.get_ident() in self.opening     # a callback that stops the server does not wait for itself
+        return self.scheduled_mailboxes == own
 
     # -- Held connects and their answers ---------------------------------------------------
     #
@@ -1428,6 +1462,8 @@ class Bayeux:
         if session.stream is not stream:
             if session.stream is not None:
                 session.stream.sessions.discard(session)
+                if not session.stream.carries_requests:
+                    self.released.append(Answer(session.stream, []))    # an event stream is for one session, and ends
             session.stream = stream
             if stream is not None:
                 stream.sessions.add(session)
@@ -1489,7 +1525,8 @@ class Bayeux:
         events, session.queue = session.queue[:limit], session.queue[limit:] if limit is not None else []
         session.is_urgent, session.lazy_deadline = bool(session.queue), math.inf
         if session.ack:
-            session.unacknowledged += [(session.reply_number, event) for event in events]
+            for event in events:
+                session.take_out(event)
         else:
             session.in_flight = bool(events)
         return events
@@ -1585,6 +1622,8 @@ class Bayeux:
             elif session.queue and session.can_take_events:
                 session.is_urgent = True    # lazy events have waited long enough, or leave with the reply that is due
                 self.make_ready(session)    # and settling it will schedule the session again
+                if session.uses_stream and session.hold is not None and session.hold.deadline <= now:
+                    self._release(session.hold)     # events do not answer it here, however many there are
             elif session.hold is not None:
                 self._release(session.hold)
                 self._schedule(session)
@@ -1593,7 +1632,7 @@ class Bayeux:
 
     def seconds_to_deadline(self) -> float | None:
         assert self.lock.locked()
-        return max(0.0, self.timers[0][0] - self.clock()) if self.timers else None
+        return min(max(0.0, self.timers[0][0] - self.clock()), LONGEST_WAIT) if self.timers else None
 
     def wake(self) -> None:
         """Set to work what was made ready: the wait, and the mailboxes.  Without the lock."""
@@ -1625,7 +1664,7 @@ class Bayeux:
         for listener in self._listeners:
             try:
                 listener(event, dict(details))
-            except Exception:
+            except APPLICATION_FAULTS:
                 self.logger.exception("a listener failed on %s", event)
 
     # -- Calls from inside the process -----------------------------------------------------
@@ -1836,7 +1875,7 @@ class LocalClient:
             if self.ended in (None, ENDED_SHUTDOWN):
                 try:
                     callback(event.local_message())
-                except Exception:
+                except APPLICATION_FAULTS:
                     self._core.logger.exception("a callback of the local client %s failed on %s",
                                                 self.id, event.channel)
 
@@ -1963,6 +2002,7 @@ class FrameReader:
     def __init__(self, max_size: int) -> None:
         self._max_size = max_size
         self._buffer = b""
+        self._place = 0                         # where the next frame begins in it
         self._opcode = CONTINUATION_FRAME       # of the message whose fragments are being read; else this
         self._fragments: list = []              # text, or bytes
         self._size = 0
@@ -1978,6 +2018,7 @@ class FrameReader:
         while True:
             parsed = self._next_frame()
             if parsed is None:
+                self._buffer, self._place = self._buffer[self._place:], 0       # an idle socket keeps nothing
                 return
             is_final, opcode, payload = parsed
             if opcode & IS_CONTROL:
@@ -1989,15 +2030,14 @@ class FrameReader:
 
     def _next_frame(self) -> tuple[bool, int, bytes] | None:
         """The next whole frame, or None.  What can be refused by its head is refused before its payload is there."""
-        buffer = self._buffer
-        if len(buffer) < 2:
+        buffer, place = self._buffer, self._place
+        if len(buffer) < place + 2:
             return None
-        first, second = buffer[0], buffer[1]
-        opcode, length, start = first & 0x0F, second & 0x7F, 2
-        if length == 126:
-            length, start = int.from_bytes(buffer[2:4], "big"), 4
-        elif length == 127:
-            length, start = int.from_bytes(buffer[2:10], "big"), 10
+        first, second = buffer[place], buffer[place + 1]
+        opcode, length, start = first & 0x0F, second & 0x7F, place + 2
+        if length >= 126:
+            start += 2 if length == 126 else 8
+            length = int.from_bytes(buffer[place + 2:start], "big")
         self._check_head(first, second, opcode)
         if len(buffer) < start:
             return None
@@ -2006,7 +2046,7 @@ class FrameReader:
         end = start + 4 + length
         if len(buffer) < end:
             return None
-        self._buffer = buffer[end:]
+        self._place = end
         return bool(first & FIN), opcode, unmask(buffer[start + 4:end], buffer[start:start + 4])
 
     def _check_head(self, first: int, second: int, opcode: int) -> None:
@@ -2088,8 +2128,12 @@ class HandlerThreads:
         if not self._idle.acquire(blocking=False):
             with self._starting:
                 if self._count < self._limit:
-                    self._count += 1
-                    threading.Thread(target=self._work, name=f"bayeux handler {self._count}", daemon=True).start()
+                    try:
+                        name = f"bayeux handler {self._count + 1}"
+                        threading.Thread(target=self._work, name=name, daemon=True).start()
+                        self._count += 1
+                    except RuntimeError as error:       # the job waits for the next idle one
+                        self._logger.error("no more handler threads than %d: %s", self._count, error)
 
     def _work(self) -> None:
         while True:
@@ -2196,7 +2240,7 @@ class Connection:
         """Send what there is room for, and keep the rest for flush(); returns what write() does."""
         assert self.lock.locked()
         try:
-            sent = 0 if self.output else self.send(data)
+            sent = 0 if self.output or not data else self.send(data)
         except WOULD_BLOCK:
             sent = 0
         except OSError:
@@ -2431,6 +2475,7 @@ class Watch:
         except Exception:
             self._logger.exception("a connection from %s failed", connection.address)
             connection.abort()
+            self.give_back(connection)
         if self.is_led_here():
             self._current = None
 
@@ -2446,6 +2491,8 @@ class Watch:
                 connection.protocol.consume(connection)
 
     def _look_again(self, connection: Connection) -> None:
+        if connection.is_closed:
+            return
         is_writing = connection.output or connection.source is not None
         wanted = selectors.EVENT_WRITE if is_writing else 0 if connection.is_handled else selectors.EVENT_READ
         self._watch_for(connection, wanted)
@@ -2622,7 +2669,9 @@ class Response:
         self.length = length
 
     def check(self) -> None:
-        """Raises TypeError for a body that cannot be sent."""
+        """Raises TypeError for what cannot be sent."""
+        if not isinstance(self.status, int) or not all(isinstance(name, str) for name in self.headers):
+            raise TypeError("a response's status must be a number, and its headers' names texts")
         if not isinstance(self.body, (str, bytes, type(None))) and not hasattr(self.body, "read"):
             raise TypeError(f"a response's body must be text, bytes or a binary file, not {self.body!r}")
 
@@ -2777,8 +2826,7 @@ class HttpExchange(Exchange):
         is_last = self._request_is_last or self._http.is_stopping
         headers = self._headers + connection_header(self._version, is_last)
         if self._new_browser:
-            headers += "Set-Cookie: BAYEUX_BROWSER={}; Path=/; HttpOnly; SameSite=Lax{}\r\n".format(
-                self.browser, "; Secure" if self._is_secure else "")
+            headers += browser_cookie(self._new_browser, self._is_secure)
         data = batch_answer(200, batch, headers, self._callback, self.comment_filtered)
         self._http.end_request(self)
         return self._connection.write(data, is_last=is_last,
@@ -2932,6 +2980,11 @@ class SocketExchange(Exchange):
 
     def send(self, answer: Answer) -> bool | None:
         return self.stream.send(answer)
+
+
+def browser_cookie(browser: str, is_secure: bool) -> str:
+    secure = "; Secure" if is_secure else ""
+    return f"Set-Cookie: BAYEUX_BROWSER={browser}; Path=/; HttpOnly; SameSite=Lax{secure}\r\n"
 
 
 def browser_of(cookie: str | None) -> str | None:
@@ -3143,7 +3196,7 @@ class HttpTransport:
         except BayeuxError as error:            # a body that holds no batch
             self._refuse(connection, request, HTTPFault(400, error.text),
                          is_last=not request.wants_keep_alive)
-        except Exception:
+        except APPLICATION_FAULTS:
             self.logger.exception("%s %.200r failed", request.method, request.target)
             self._refuse(connection, request, HTTPFault(500, "The server failed"), is_last=True)
 
@@ -3218,9 +3271,13 @@ class HttpTransport:
             raise HTTPFault(400, "Sec-WebSocket-Key must be 16 bytes in base64")
         stream = WebSocket(self, connection, request)
         self._begin_request(stream)
+        cookie = ""
+        if stream.browser is None:              # later there is no way to name it: frames carry no cookies
+            stream.browser = secrets.token_hex(16)
+            cookie = browser_cookie(stream.browser, request.is_secure)
         connection.protocol, connection.idle_time = stream, self.options.ping_interval or math.inf
         connection.write((f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                          f"Sec-WebSocket-Accept: {websocket_accept(key)}\r\n\r\n").encode("latin-1"))
+                          f"{cookie}Sec-WebSocket-Accept: {websocket_accept(key)}\r\n\r\n").encode("latin-1"))
 
     def _open_event_stream(self, connection: Connection, request: Request) -> None:
         """Faye's way: the last segment of the path is the clientId."""
@@ -3295,7 +3352,8 @@ class HttpTransport:
         headers = request.cors
         if headers:
             # Faye asks for Pragma, applications for Authorization; to the server they are all the same.
-            asked, allowed = request.headers.get("access-control-request-headers", ""), "Content-Type, X-Requested-With"
+            asked = request.headers.get("access-control-request-headers", "")
+            allowed = "Content-Type, X-Requested-With"
             if FIELD_NAMES.fullmatch(asked):
                 allowed += ", " + asked
             headers += ("Access-Control-Allow-Methods: GET, OPTIONS, POST\r\nAccess-Control-Max-Age: 3600\r\n"
@@ -3333,7 +3391,7 @@ class HttpTransport:
             try:
                 self.options.post_handle(request, response)
                 response.check()
-            except Exception:
+            except APPLICATION_FAULTS:
                 self.logger.exception("post_handle failed on %.200r", request.target)
                 response = Response("post_handle failed\n", 500, {"Content-Type": "text/plain"})
         if is_last is None:
@@ -3640,7 +3698,7 @@ class Options:
     docroot: str | None = option(None, FOLDER, "folder of static files (on the command line: .)")
     directory_index: Iterable[str] = option(
         ("index.html",), FILE_NAMES, "file shown for a folder, in order of preference", "--directory-index")
-    type_expires: Mapping[str, int] = option({}, TYPE_EXPIRES, "how long browsers may keep files of a MIME type, in s")
+    type_expires: Mapping[str, int] = option({}, TYPE_EXPIRES, "how long browsers may keep a type of files, in s")
     tls_cert: str | None = option(None, PATH, "certificate chain (PEM): serve HTTPS; needs --tls-key")
     tls_key: str | None = option(None, PATH, "private key (PEM) of --tls-cert")
     tls_context: ssl.SSLContext | None = option(None, TLS_CONTEXT, "TLS as you set it up yourself")
@@ -3649,7 +3707,8 @@ class Options:
     anon_publish: bool = option(False, SWITCH, "let remote clients publish without a handshake")
     allowed_origins: Iterable[str] = option(
         (), ORIGINS, "other site whose pages may use this server; * is any, without cookies", "--allowed-origin")
-    trusted_proxies: Iterable[str] = option((), NETWORKS, "proxy whose X-Forwarded-For is believed", "--trusted-proxy")
+    trusted_proxies: Iterable[str] = option((), NETWORKS, "proxy whose X-Forwarded-For is believed",
+                                            "--trusted-proxy")
     bind_sessions: bool = option(False, SWITCH, "a session works only with the cookie of its handshake")
 
     # Times of the protocol
@@ -3669,7 +3728,7 @@ class Options:
     client_max_connections: int = option(10, whole(0), "Bayeux requests open at once from one address; 0: no limit")
     max_sessions: int = option(10_000, whole(1), "sessions at once")
     max_sessions_per_browser: int = option(
-        0, whole(0), "held connects of one browser, told by cookie; its further sessions are told to poll; 0: no limit")
+        0, whole(0), "held connects of one browser, by its cookie; further sessions are told to poll; 0: no limit")
     max_subscriptions: int = option(1000, whole(1), "subscriptions of one session")
     max_queue: int = option(10_000, whole(1), "events that may wait for one session; one more ends it")
     max_frame_events: int = option(
