@@ -1913,6 +1913,28 @@ class TestPublish:
         assert set(core.core.registry._subscribers) == {"/a"}
 
 
+class TestPublishingCosts:
+
+    class Crowd(dict):
+        """Sessions that may be looked up, but not gone through."""
+
+        def __iter__(self):
+            raise AssertionError("everybody is asked")
+
+        keys = values = items = __iter__
+
+    def test_publishing_asks_nobody_but_its_subscribers(self, core):
+        """SEED: the original went through all clients for each publish."""
+        publisher, subscriber, other = core.handshake(), core.handshake(), core.handshake()
+        core.subscribe(subscriber, "/a/*")
+        core.subscribe(other, "/b/*")
+        sessions, core.core.sessions = core.core.sessions, self.Crowd(core.core.sessions)
+        core.publish(publisher, "/a/b")
+        core.core.publish("/a/c", "data")
+        core.core.sessions = sessions
+        assert [event["channel"] for event in core.events(subscriber)] == ["/a/b", "/a/c"]
+
+
 class TestServices:
     @staticmethod
     def call(core, channel="/service/test", **fields):
@@ -4891,6 +4913,61 @@ class TestCommentFiltering:
             assert "ext" not in reply
 
 
+class TestOldClients:
+    """Whole conversations, as they were seen on the wires of the original."""
+
+    def call(self, wire, *messages):
+        """Dojo's way: every call is a form, the ids are strings that count from "0"."""
+        for message in messages:
+            message.update(id=str(self.calls), timestamp="2008-10-10T10:10:10")
+            self.calls += 1
+        form = urllib.parse.urlencode({"message": json.dumps(messages)})
+        wire.send_request("POST", "/cometd", form.encode(),
+                          Content_Type="application/x-www-form-urlencoded; charset=UTF-8")
+        return [message["id"] for message in messages]
+
+    def answer(self, wire):
+        answer = wire.read_answer()
+        assert answer.headers["content-type"] == "text/json-comment-filtered; charset=utf-8"
+        text = answer.body.decode("utf-8")
+        return json.loads(text[text.index("/*") + 2:text.rindex("*/")])       # as dojo cuts it
+
+    def ask(self, wire, *messages):
+        ids = self.call(wire, *messages)
+        replies = self.answer(wire)
+        assert [reply["id"] for reply in replies[:len(ids)]] == ids
+        return replies
+
+    def test_a_dojo_client_of_2008(self, serve):
+        """SEED: forms, ids from "0", timestamps, comments, the first connect, an echo, /meta/ping, an event."""
+        server = serve(services={"echo": lambda message: {"data": message["data"]}})
+        self.calls = 0
+        with Wire(server) as wire, Wire(server) as side:
+            shake, = self.ask(wire, {"channel": "/meta/handshake", "version": "1.0", "minimumVersion": "0.9",
+                                     "supportedConnectionTypes": ["long-polling", "callback-polling"],
+                                     "ext": {"json-comment-filtered": True}})
+            assert shake["id"] == "0" and shake["successful"]
+            assert float(shake["version"]) <= 1.0, "the Perl client wants no newer one"
+            mine = {"clientId": shake["clientId"]}
+            connect = {"channel": "/meta/connect", "connectionType": "long-polling", **mine}
+            reply, = self.ask(wire, dict(connect))
+            assert reply["successful"] and reply["advice"]["reconnect"] == "retry"
+            replies = self.ask(side, {"channel": "/meta/subscribe", "subscription": "/chat/demo", **mine},
+                               {"channel": "/chat/demo", "data": {"user": "anna", "join": True}, **mine})
+            assert [(each["channel"], each["successful"]) for each in replies] == [
+                ("/meta/subscribe", True), ("/chat/demo", True)]
+            last, = self.call(wire, dict(connect))
+            reply, event = self.answer(wire)
+            assert reply["id"] == last and event == {"channel": "/chat/demo", "data": {"user": "anna", "join": True}}
+            echo, = self.ask(side, {"channel": "/service/echo", "data": [1], **mine})
+            assert echo["data"] == [1]
+            ping, = self.ask(side, {"channel": "/meta/ping", "ext": {"timesync": {"tc": 5, "l": 0, "o": 0}}, **mine})
+            assert set(ping["ext"]["timesync"]) == {"tc", "ts", "p", "a"} and ping["ext"]["timesync"]["tc"] == 5
+            assert self.ask(side, {"channel": "/meta/unsubscribe", "subscription": "/chat/demo", **mine})[0]["successful"]
+            assert self.ask(side, {"channel": "/meta/disconnect", **mine})[0]["successful"]
+        assert server.sessions == []
+
+
 # ======================================================================================
 # §10  HTTP transport: cross-origin rules
 # ======================================================================================
@@ -6123,6 +6200,18 @@ class TestWebSocket:
         with SocketWire(server, Cookie=cookie) as owner:
             assert owner.ask_batch(connect)[0]["successful"]
 
+    def test_a_session_begun_on_a_socket_is_bound_by_the_cookie_of_the_upgrade(self, serve):
+        """T7: a frame carries no cookie, so a browser that has none is named when it upgrades."""
+        server = serve(bind_sessions=True)
+        with Wire(server) as wire:
+            cookie = wire.request("GET", "/cometd", **upgrade_headers()).headers["set-cookie"]
+            assert cookie.startswith("BAYEUX_BROWSER=") and "; HttpOnly; SameSite=Lax" in cookie
+        with SocketWire(server) as owner, SocketWire(server) as thief:
+            handshake = owner.ask_batch({"channel": "/meta/handshake", "version": "1.0"})[0]
+            connect = {"channel": "/meta/connect", "clientId": handshake["clientId"], "connectionType": "websocket"}
+            assert thief.ask_batch(connect)[0]["error"].startswith("402:")
+            assert owner.ask_batch(connect)[0]["successful"]
+
 
 class TestOutput:
     """What a connection says of the frames that waited for a slow peer."""
@@ -6989,6 +7078,226 @@ class TestCrossOriginType:
 
 
 # ======================================================================================
+# What only shows under load, or when two things happen at once
+# ======================================================================================
+
+class TestSteadyTraffic:
+    def test_events_on_a_stream_do_not_keep_a_connect_from_its_answer(self, core):
+        """C2: the next event is always there before the last is settled."""
+        client_id, stream = core.handshake(), FakeStream()
+        core.subscribe(client_id, "/a")
+        held = FakeExchange(core.core, transport="websocket")
+        held.stream = stream
+        core.core.receive([core.connect_message(client_id, connectionType="websocket")], held)
+        core.core.publish("/a", "event")
+        core.clock.advance(default_of(option_fields()["timeout"]))
+        for _ in range(5):
+            with core.core.condition:
+                answers = core.core.take_answers(100)
+            core.core.publish("/a", "event")
+            for answer in answers:
+                core.core.settle_later(answer, answer.exchange.send(answer))
+        assert held.answer == [{"channel": "/meta/connect", "successful": True}]
+        assert len(stream.data) >= 4
+
+
+class TestTheLastOfAStream:
+    def test_it_ends_behind_what_its_reader_has_not_taken_in_yet(self, server):
+        """X1, T8: nothing is cut off, and the end is a clean one."""
+        large = "x" * 4_000_000                 # more than the system keeps, once it is told to keep little
+        with Peer(server) as peer, EventWire(server, peer.id) as stream:
+            peer.subscribe("/a")
+            for connection in list(server.watch.connections):
+                connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * 1024)
+            server.publish("/a", large)
+            wait_until(lambda: has_unsent_output(server))
+            assert peer.ask("/meta/disconnect")["successful"]
+            wait_until(lambda: any(each.is_closing for each in list(server.watch.connections)), "the stream's end")
+            assert stream.receive(1) == [large]
+            assert stream.read_batch() is None
+
+    def test_events_published_before_the_end_of_the_server_leave(self, core):
+        """C6: there is no held connect whose last reply could take them."""
+        client_id, stream = core.handshake(), FakeStream()
+        assert core.core.attach(client_id, stream)
+        core.subscribe(client_id, "/a")
+        core.core.publish("/a", "going down")
+        core.core.stop()
+        core.work()
+        assert ["going down"] in stream.data
+
+    def test_an_older_stream_of_the_session_ends(self, server):
+        """T8: nothing would come on it any more, and it would count among the open requests."""
+        with Peer(server) as peer, EventWire(server, peer.id) as older, EventWire(server, peer.id) as newer:
+            assert older.read_batch() is None
+            peer.subscribe("/a")
+            peer.publish("/a", "event")
+            assert newer.receive(1) == ["event"]
+
+
+class TestSlowNeighbours:
+    @pytest.mark.parametrize("place", ["services", "message_acl", "extensions"])
+    def test_what_was_published_does_not_wait_for_the_application(self, place):
+        """P2: an event is on its way before the code behind the next message of its batch runs."""
+        received, seen = [], []
+
+        def service(message):
+            seen.append(list(received))
+            return {}
+
+        def message_acl(session, message):
+            seen.append(list(received))
+
+        class Extension:
+            def incoming(self, session, message):
+                seen.append(list(received))
+                return message
+
+        option = {"services": {"services": {"slow": service}}, "message_acl": {"message_acl": message_acl},
+                  "extensions": {"services": {"slow": any_function}, "extensions": [Extension()]}}[place]
+        peer = CorePeer(**{"services": {"slow": any_function}, **option})
+        bot = LocalClient(peer, "bot")
+        bot.subscribe("/a", lambda message: received.append(message["data"]))
+        client_id = peer.handshake()
+        peer.ask({"channel": "/a", "clientId": client_id, "data": "event"},
+                 {"channel": "/service/slow", "clientId": client_id, "data": None})
+        assert seen[-1] == ["event"]
+
+
+class TestFailingApplication:
+    def test_a_post_handle_that_spoils_the_headers_costs_no_connection(self, serve, errors):
+        """The connection is answered or hung up, and does not stay for ever."""
+        def spoil(request, response):
+            response.headers = {1: 2}
+
+        server = serve(content_handlers={"/a": lambda request: "text"}, post_handle=spoil)
+        with Wire(server) as wire:
+            answer = wire.request("GET", "/a")
+            assert answer is None or answer.status == 500
+        wait_until(lambda: not server.watch.connections, "the end of the connection")
+        assert errors.take()
+
+    def test_a_service_that_wants_to_exit_is_a_failing_one(self, serve, errors):
+        """V1: SystemExit is no Exception."""
+        server = serve(services={"exit": lambda message: sys.exit("no"), "echo": lambda message: {"data": "echo"}},
+                       client_max_connections=1)
+        with Peer(server) as peer:
+            assert peer.ask("/service/exit")["error"].startswith("500:")
+            assert peer.ask("/service/echo")["data"] == "echo"
+        assert errors.take()
+
+    def test_a_callback_that_wants_to_exit_gets_the_next_event(self, server, errors):
+        """A local client is not deaf after it, and the server stops without waiting for it."""
+        received, is_done = [], threading.Event()
+
+        def callback(message):
+            received.append(message["data"])
+            if message["data"] == "first":
+                sys.exit("no")
+            is_done.set()
+
+        LocalClient(server, "bot").subscribe("/a", callback)
+        server.publish("/a", "first")
+        server.publish("/a", "second")
+        assert is_done.wait(PATIENCE) and received == ["first", "second"]
+        assert errors.take()
+
+
+class TestLongTimes:
+    def test_times_beyond_what_a_lock_can_wait_do_no_harm(self, waiting):
+        """C2: "for ever", as somebody may write it."""
+        peer = waiting(connect_timeout=1e12, timeout=1e12)
+        client_id = peer.handshake()
+        peer.subscribe(client_id, "/a")
+        held = hold_watched(peer, client_id)
+        peer.until_asleep()
+        peer.core.publish("/a", "event")
+        assert events_of(held.wait()) == ["event"]
+
+
+class TestClosedConnections:
+    def test_what_came_in_front_of_the_end_is_not_begun_behind_it(self, serve):
+        """Nobody would end it: a request of a connection that is closed is none."""
+        server = serve(client_max_connections=10)
+        with Wire(server):
+            wait_until(lambda: server.watch.connections)
+            connection, = server.watch.connections
+        wait_until(lambda: connection.is_closed)
+        connection.input = (b"GET /cometd HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+        server.watch.resume(connection)
+        with Wire(server) as other:             # when it is answered twice, the other has been looked at
+            for _ in range(2):
+                assert other.request("OPTIONS", "/cometd").status == 204
+        assert connection.protocol is server.http and not server.http._open_requests
+
+
+class TestStaleConnects:
+    """E1: connects that arrive, or go on, when a newer one has been answered already."""
+
+    @staticmethod
+    def connect(peer, client_id, ack, **exchange):
+        """The number of the reply, and the data of its events; (None, None) if it is lost."""
+        message = peer.connect_message(client_id, advice={"timeout": 0}, ext={"ack": ack})
+        answer = peer.send(message, **exchange).answer
+        return (answer[0]["ext"]["ack"], events_of(answer)) if answer else (None, None)
+
+    def begin(self, peer):
+        client_id = peer.handshake(ext={"ack": True})
+        peer.subscribe(client_id, "/a")
+        return client_id, self.connect(peer, client_id, 1)[0]
+
+    def test_a_stale_connect_does_not_bring_back_what_was_seen(self, core):
+        """E1: seen in the reply to the newer, taken again by the older, whose connection is gone."""
+        client_id, before = self.begin(core)
+        core.core.publish("/a", "event")
+        number, events = self.connect(core, client_id, before)
+        assert events == ["event"]
+        self.connect(core, client_id, before, is_broken=True)
+        number, events = self.connect(core, client_id, number)
+        assert events == []
+
+    def test_a_stale_connect_behind_a_newer_acknowledgement_loses_and_doubles_nothing(self, core):
+        client_id, before = self.begin(core)
+        seen, number = [], before
+        for name in ("first", "second", "third"):
+            core.core.publish("/a", name)
+            number, events = self.connect(core, client_id, number)
+            seen += events
+            self.connect(core, client_id, before, is_broken=True)
+        seen += self.connect(core, client_id, number)[1]
+        assert seen == ["first", "second", "third"]
+
+    def test_an_event_that_waits_to_be_sent_again_leaves_the_queue_when_it_is_acknowledged(self, core):
+        """The stale connect is held, and released by the next: it has put the event back, and has not sent it."""
+        client_id, before = self.begin(core)
+        core.core.publish("/a", "event")
+        number, _ = self.connect(core, client_id, before)
+        core.send(core.connect_message(client_id, ext={"ack": before}))
+        assert self.connect(core, client_id, number)[1] == []
+
+    def test_what_was_lost_and_did_not_fit_into_the_next_reply_comes_in_the_one_behind_it(self):
+        """Its number is below the one that is acknowledged, and yet nobody has seen it."""
+        peer = CorePeer(max_frame_events=1)
+        client_id, number = self.begin(peer)
+        peer.core.publish("/a", "first")
+        peer.core.publish("/a", "second")
+        self.connect(peer, client_id, number, is_broken=True)
+        seen = []
+        for _ in range(2):
+            held = FakeExchange(peer.core, transport="websocket")
+            held.stream = FakeStream()
+            peer.core.receive([peer.connect_message(client_id, connectionType="websocket", ext={"ack": number})], held)
+            peer.work()
+            number = held.answer[0]["ext"]["ack"]
+            seen += events_of(held.answer)
+        assert seen == ["first", "second"]
+
+
+# (TestOldClients belongs behind TestCommentFiltering; the others into the classes whose names they carry)
+
+
+# ======================================================================================
 # §11  The server
 # ======================================================================================
 
@@ -7281,6 +7590,14 @@ class TestStopping:
             assert peer.is_closed_by_server()
             peer.close()
         assert all(isinstance(interval, int) and interval >= 0 for interval in intervals) and len(intervals) > 1
+
+    def test_a_callback_may_stop_the_server_and_is_not_waited_for(self, serve):
+        """It would wait for itself until `grace` is over."""
+        server, is_over = serve(grace=1000), threading.Event()
+        client = LocalClient(server, "stopper")
+        client.subscribe("/stop", lambda message: (server.shutdown(), is_over.set()))
+        server.publish("/stop", True)
+        assert is_over.wait(PATIENCE)
 
     def test_events_published_before_the_end_leave_with_the_last_reply(self, core):
         client_id = core.handshake()
