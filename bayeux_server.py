@@ -494,6 +494,9 @@ class Event:
 #                   has named its number: the written may be lost, too.  Then nothing is in flight.
 #   lazy            Events on lazy_channels do not set a delivery going.  They leave with the next
 #                   one, or when max_lazy is over; until then the queue is not *urgent*.
+#
+# Methods that take the core are called by it, under its lock (§5).  At the end of the section
+# stands Mailbox, by which the application's own callbacks are called.
 # ======================================================================================
 
 # Why a session ended; the words are told to its client if it comes back, and to callbacks.
@@ -2172,7 +2175,7 @@ class Connection:
         self.lock = threading.Lock()
         self.input = b""
         self.request: Request | None = None                 # being read
-        self.exchange: Any | None = None                    # being answered
+        self.exchange: Any | None = None                    # being answered; a request or fault where it needs none
         self.output: bytes | memoryview = b""               # a view, as bytes would be copied for each part sent
         self.source: FileSource | None = None               # of more output
         self.when_written: list[tuple[int, Callable[[bool], None]]] = []    # at which byte, whom to tell
@@ -3653,9 +3656,11 @@ def read_type_expires(text: str) -> tuple[str, int]:
 
 SWITCH = Kind("True or False", lambda value: isinstance(value, bool))
 TEXT = Kind("a text that is not empty", lambda value: isinstance(value, str) and value != "", str)
-PATH = Kind("a file's path, or None", lambda value: value is None or isinstance(value, (str, os.PathLike)), str)
+PATH = Kind("a file's path, or None", lambda value: value is None or isinstance(value, (str, os.PathLike)), str,
+            shown="FILE")
 FOLDER = Kind("a folder that exists, or None",
-              lambda value: value is None or (isinstance(value, (str, os.PathLike)) and os.path.isdir(value)), str)
+              lambda value: value is None or (isinstance(value, (str, os.PathLike)) and os.path.isdir(value)), str,
+              shown="FOLDER")
 FILE_NAMES = names("file names", lambda name: name != "" and "/" not in name)
 ORIGINS = names("origins such as https://example.org, or *", is_origin)
 NETWORKS = names("IP addresses or networks", is_network)
@@ -3739,7 +3744,7 @@ class Options:
 
     # Extensions of the protocol
     ack: bool = option(
-        True, SWITCH, "acknowledged delivery for clients that ask for it: what is lost on the way is sent again")
+        True, SWITCH, "acknowledged delivery for clients that ask for it")
     lazy_channels: Iterable[str] = option(
         (), PATTERNS, "channel or pattern whose events wait for the next delivery", "--lazy-channel")
     json_comment_filtered: bool = option(True, SWITCH, "replies as /*[...]*/ for old clients that ask for it")
@@ -4050,27 +4055,35 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="example: python bayeux_server.py --port 8080 --docroot .    then open http://127.0.0.1:8080/")
     parser.add_argument("--version", action="version", version=f"bayeux_server {__version__} (Bayeux {VERSION})")
     parser.add_argument("--bare", action="store_true", help="without the demo parts: /service/echo and the bot")
+    group: Any = parser
     for row in dataclasses.fields(Options):
-        add_flag(parser, row)
+        if row.name in HELP_GROUPS:
+            group = parser.add_argument_group(HELP_GROUPS[row.name])
+        add_flag(group, row)
     parser.set_defaults(docroot=".")
     return parser
 
 
-def add_flag(parser: argparse.ArgumentParser, row: dataclasses.Field) -> None:
-    """The option as a flag, if it can be read from a command line."""
+# By the first option of each.
+HELP_GROUPS = {"host": "where it listens, and what it serves", "anon_publish": "who may do what", "timeout": "times",
+               "client_max_connections": "limits", "ack": "extensions of the protocol", "debug": "logging"}
+
+
+def add_flag(group: Any, row: dataclasses.Field) -> None:
+    """The option as a flag in a group of --help, if it can be read from a command line."""
     kind, help_text = row.metadata["kind"], row.metadata["help"].replace("%", "%%")
     flag = row.metadata["flag"] or "--" + row.name.replace("_", "-")
     if kind is SWITCH:
         if row.default:
-            flag, help_text = "--no-" + flag[2:], "switch off: " + help_text
-        parser.add_argument(flag, dest=row.name, action="store_false" if row.default else "store_true",
-                            default=argparse.SUPPRESS, help=help_text)
+            flag, help_text = "--no-" + flag[2:], "off: " + help_text
+        group.add_argument(flag, dest=row.name, action="store_false" if row.default else "store_true",
+                           default=argparse.SUPPRESS, help=help_text)
     elif kind.read is not None:
         has_default = row.default not in (None, (), dataclasses.MISSING)
         default = f" ({', '.join(row.default) if kind.many else row.default})" if has_default else ""
-        parser.add_argument(flag, dest=row.name, action="append" if kind.many else "store",
-                            type=partial(read_flag, kind), default=argparse.SUPPRESS, help=help_text + default,
-                            metavar=kind.shown)
+        group.add_argument(flag, dest=row.name, action="append" if kind.many else "store",
+                           type=partial(read_flag, kind), default=argparse.SUPPRESS, help=help_text + default,
+                           metavar=kind.shown)
 
 
 def read_flag(kind: Kind, text: str) -> Any:

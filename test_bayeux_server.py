@@ -5,8 +5,9 @@
     python test_bayeux_server.py         # the same
 
 The core is driven with plain dicts and a clock that the test winds; the rest by real sockets on
-127.0.0.1.  Rules of the protocol are named by their numbers (N1, C3, ...), in the order in which
-README's promises follow from them.  An error that the server logs and no test expects fails that test.
+127.0.0.1.  Rules are named by the numbers they have in the project: the letter is their subject (N names,
+G messages, H handshake, C connect, S subscribe, P publish, V services, X disconnect, T transports,
+E extensions).  An error that the server logs and no test expects fails that test.
 """
 from __future__ import annotations
 
