@@ -674,7 +674,7 @@ class Session:
         self.unacknowledged = {}
         self.sent_again.update(missed)
         self.queue[:0] = missed
-        self.is_urgent = self.is_urgent or bool(missed)
+        self.is_urgent = bool(missed) or (self.is_urgent and bool(self.queue))
 
     def take_out(self, event: Event) -> None:
         """The event leaves with the reply of reply_number, and may have to leave again.  Under the lock."""
@@ -1486,11 +1486,12 @@ class Bayeux:
     def detach(self, stream: Stream) -> None:
         """The stream is gone, and the connects that were held on it.  What waits for its sessions goes on waiting."""
         with self.condition:
-            for session in list(stream.sessions):
+            for session in stream.sessions:
                 if session.hold is not None and session.hold.exchange.stream is stream:
                     self._take_hold(session.hold)
-                self._attach(session, None)
+                session.stream = None
                 self._schedule(session)
+            stream.sessions.clear()
 
     def make_ready(self, session: Session) -> None:
         """Put the session in line for an answer, if it has events and something to carry them."""
@@ -2478,7 +2479,6 @@ class Watch:
         except Exception:
             self._logger.exception("a connection from %s failed", connection.address)
             connection.abort()
-            self.give_back(connection)
         if self.is_led_here():
             self._current = None
 
@@ -3042,7 +3042,14 @@ class HttpTransport:
     # -- What connections tell -------------------------------------------------------------
 
     def consume(self, connection: Connection) -> None:
-        """Bytes have come.  Requests on one connection are answered in turn: a held connect is answered first."""
+        """Bytes have come."""
+        try:
+            self._take_requests(connection)
+        finally:
+            self._watch.give_back(connection)
+
+    def _take_requests(self, connection: Connection) -> None:
+        """Requests on one connection are answered in turn: a held connect is answered first."""
         for _ in range(REQUESTS_AT_ONCE):
             if isinstance(connection.exchange, HttpExchange):
                 self.core.answer_now(connection.exchange)
@@ -3051,27 +3058,26 @@ class HttpTransport:
             try:
                 request = self._next_request(connection)
             except HTTPFault as fault:
-                self._refuse(connection, connection.request, fault, is_last=True)
-                return self._watch.give_back(connection)
+                return self._refuse(connection, connection.request, fault, is_last=True)
             if request is None:
                 return
             connection.deadline = math.inf      # from here the time is ours, not the client's
             self._respond(connection, request)
-            if not self._watch.is_led_here():
-                return self._watch.give_back(connection)
-            if not connection.input or connection.is_closing or connection.output:
+            is_free = connection.input and not connection.is_closing and not connection.output
+            if not is_free or not self._watch.is_led_here():
                 return
             if connection.protocol is not self:
                 break                           # it has been upgraded, and its new protocol has input already
         self._watch.resume(connection)
 
     def expired(self, connection: Connection) -> None:
-        if connection.input or connection.request is not None:
+        if not connection.input and connection.request is None:
+            return self._watch.close(connection)
+        try:
             self._refuse(connection, connection.request, HTTPFault(
                 408, f"The request did not arrive within {self.options.request_timeout:g} s"), is_last=True)
+        finally:
             self._watch.give_back(connection)
-        else:
-            self._watch.close(connection)
 
     def lost(self, connection: Connection) -> None:
         exchange = connection.exchange

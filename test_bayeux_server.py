@@ -7294,6 +7294,19 @@ class TestStaleConnects:
             seen += events_of(held.answer)
         assert seen == ["first", "second"]
 
+    def test_an_event_behind_an_acknowledged_one_does_not_wait_for_the_time_to_be_over(self, core):
+        """C2: the queue is empty again, and so nothing in it is urgent any more."""
+        client_id, before = self.begin(core)
+        core.core.publish("/a", "first")
+        number, _ = self.connect(core, client_id, before)
+        stale = core.send(core.connect_message(client_id, ext={"ack": before}))     # "first" waits again
+        core.core.hang_up(stale)
+        core.work()
+        held = core.hold(client_id, ext={"ack": number})                            # no more
+        core.core.publish("/a", "second")
+        core.work()
+        assert held.answer is not None and events_of(held.answer) == ["second"]
+
 
 # (TestOldClients belongs behind TestCommentFiltering; the others into the classes whose names they carry)
 
