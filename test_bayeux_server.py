@@ -8086,11 +8086,23 @@ class TestReadme:
 
     def test_every_block_is_known_here(self):
         """So that no new one stays untested."""
-        kinds = {"curl -s localhost:8080": 0, "python bayeux_server.py": 0, "python -m pytest": 0}
+        kinds = {"curl -s localhost:8080": 0, "python bayeux_server.py": 0, "python -m pytest": 0, "figures.py": 0}
         for block in readme_blocks("sh"):
             kinds[next(kind for kind in kinds if kind in block)] += 1
-        assert kinds == {"curl -s localhost:8080": 6, "python bayeux_server.py": 2, "python -m pytest": 1}
-        assert len(readme_blocks("python")) == 3 and len(re.findall("^```", README, re.MULTILINE)) == 2 * (9 + 3 + 6)
+        assert kinds == {"curl -s localhost:8080": 6, "python bayeux_server.py": 2, "python -m pytest": 1,
+                         "figures.py": 1}
+        assert len(readme_blocks("python")) == 3 and len(re.findall("^```", README, re.MULTILINE)) == 2 * (10 + 3 + 7)
+
+    def test_its_figures_can_be_measured(self):
+        """Not these figures, but the same sentences; and held connects need no threads."""
+        if sys.platform != "linux":
+            pytest.skip("the processor time is read from /proc")
+        command, = [block.split() for block in readme_blocks("sh") if "figures.py" in block]
+        measured = subprocess.run([sys.executable, *command[1:], "--clients", "40", "--batches", "20"], cwd=HERE,
+                                  check=True, capture_output=True, encoding="utf-8", timeout=PATIENCE).stdout
+        shown, = readme_blocks("text")
+        assert re.sub(r"[\d.]+", "0", measured) == re.sub(r"[\d.]+", "0", shown)
+        assert re.search(r": (\d+) threads \(\1 without them\)", measured)
 
     @pytest.mark.parametrize("block", [block for block in readme_blocks("sh") if "python bayeux_server.py" in block])
     def test_its_start_commands_work(self, block, tmp_path):
