@@ -980,12 +980,12 @@ class Bayeux:
         channel = message["channel"]
         self._application_comes()
         try:
-            refusal = acl(session, message)
+            answer = acl(session, message)
         except APPLICATION_FAULTS:
             self.logger.exception("message_acl failed; the message on %s is refused", channel)
-            refusal = "Refused"
-        if refusal is not None and refusal is not True and refusal != "":
-            raise BayeuxError.from_text(403, channel, refusal if isinstance(refusal, str) else "Refused")
+            answer = "Refused"
+        if answer is not None and answer is not True and answer != "":
+            raise BayeuxError.from_text(403, channel, answer if isinstance(answer, str) else "Refused")
 
     # -- Replies ---------------------------------------------------------------------------
 
