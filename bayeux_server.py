@@ -344,7 +344,7 @@ def decode_json(body: bytes | str) -> Any:
             raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}")
         value = JSON_DECODER.decode(text)
         if "\\ud" in text or "\\uD" in text:
-            encode_json(value).encode("utf-8")
+            encode_json(value)
         return value
     except json.JSONDecodeError as error:
         raise BayeuxError(400, "", f"Not JSON - {error.msg} at character {error.pos}") from None
@@ -2646,11 +2646,14 @@ class Request:
         self.chunks: ChunkedBody | None = None          # or this tells
 
     @property
+    def connection_options(self) -> list[str]:
+        return [each.strip() for each in self.headers.get("connection", "").lower().split(",")]
+
+    @property
     def wants_keep_alive(self) -> bool:
-        connection = self.headers.get("connection")
-        if connection is None:
+        if "connection" not in self.headers:    # spares most requests the reading
             return self.version >= (1, 1)
-        options = [each.strip() for each in connection.lower().split(",")]
+        options = self.connection_options
         return "close" not in options and (self.version >= (1, 1) or "keep-alive" in options)
 
 
@@ -2946,8 +2949,7 @@ class WebSocket(HttpStream):
             messages = decode_batch([text])
         except BayeuxError as error:
             self._http.logger.info("refused a batch from %s: %s", self.address, error)
-            refusal = encode_json([{"successful": False, "error": str(error)}])
-            self._connection.push(self._packed(refusal.encode("utf-8")))
+            self._connection.push(self._packed(encode_json([refusal(None, error)]).encode("utf-8")))
         else:
             self._http.core.receive(messages, SocketExchange(self, text, self._http.options))
 
@@ -3216,8 +3218,8 @@ class HttpTransport:
 
     def _refuse(self, connection: Connection, request: Request | None, fault: HTTPFault, is_last: bool) -> None:
         self.logger.info("refused %s from %s: %d %s",
-                          f"{request.method[:20]} {request.target[:200]!r}" if request else "a request",
-                          request.address if request else connection.address, fault.status, fault.text)
+                         f"{request.method[:20]} {request.target[:200]!r}" if request else "a request",
+                         request.address if request else connection.address, fault.status, fault.text)
         connection.input = b"" if is_last else connection.input
         connection.exchange = request or fault
         if request is None or self._is_bayeux(request):
@@ -3269,8 +3271,7 @@ class HttpTransport:
     def _upgrade(self, connection: Connection, request: Request) -> None:
         """(RFC 6455, "Reading the Client's Opening Handshake").  A subprotocol is none of ours, and not selected."""
         headers = request.headers
-        options = [each.strip() for each in headers.get("connection", "").lower().split(",")]
-        if "upgrade" not in options or request.version < (1, 1):
+        if "upgrade" not in request.connection_options or request.version < (1, 1):
             raise HTTPFault(400, "Upgrade needs Connection - Upgrade, and HTTP/1.1")
         if headers.get("sec-websocket-version") != "13":
             raise HTTPFault(426, "Version 13 of WebSocket is spoken here", Upgrade="websocket",
@@ -3749,8 +3750,7 @@ class Options:
     max_threads: int = option(64, whole(2), "handler threads at most")
 
     # Extensions of the protocol
-    ack: bool = option(
-        True, SWITCH, "acknowledged delivery for clients that ask for it")
+    ack: bool = option(True, SWITCH, "acknowledged delivery for clients that ask for it")
     lazy_channels: Iterable[str] = option(
         (), PATTERNS, "channel or pattern whose events wait for the next delivery", "--lazy-channel")
     json_comment_filtered: bool = option(True, SWITCH, "replies as /*[...]*/ for old clients that ask for it")
