@@ -58,6 +58,7 @@ import argparse
 import base64
 import codecs
 import collections
+import contextlib
 import dataclasses
 import difflib
 import email.message
@@ -123,6 +124,9 @@ SUBSCRIBE = "/meta/subscribe"
 UNSUBSCRIBE = "/meta/unsubscribe"
 PING = "/meta/ping"                     # no part of Bayeux 1.0; dojo's clients of 2008 send it
 META, SERVICE = "/meta/", "/service/"   # channels of the protocol itself, and of private calls
+
+# What the application's listeners may be told of (the original's Callback).
+EVENTS = ("subscribe", "unsubscribe", "publish", "client_push", "client_connect", "client_disconnect")
 
 VERSION = "1.0"                         # of the protocol: the newest and the oldest we speak
 LONG_POLLING, CALLBACK_POLLING, WEBSOCKET = "long-polling", "callback-polling", "websocket"
@@ -846,7 +850,9 @@ class Bayeux:
         self._timer_number = 0
         self._run_later = run_later
         self._step_aside = step_aside
-        self._listeners = [options.callback] if options.callback else []
+        self._listeners: dict[str, list[Callable]] = {event: [] for event in EVENTS}
+        if options.callback:
+            self.add_listener(options.callback)
         self._notices = Mailbox(self, self._tell_listeners)
         self._incoming = [each.incoming for each in options.extensions if hasattr(each, "incoming")]
         self._lazy_patterns = frozenset(options.lazy_channels)
@@ -1303,7 +1309,7 @@ class Bayeux:
 
     def _deliver(self, event: Event) -> None:
         """Queue the event for every subscriber.  Overlapping subscriptions deliver one copy."""
-        notice = event.notice() if self._listeners else None
+        notice = event.notice() if self._listeners["publish"] else None
         own_events = self._own_events(event) if self._outgoing else None
         with self.condition:
             if own_events is None:
@@ -1651,13 +1657,17 @@ class Bayeux:
 
     # -- Listeners -------------------------------------------------------------------------
 
-    def add_listener(self, listener: Callable[[str, dict], None]) -> None:
-        self._listeners.append(listener)
+    def add_listener(self, listener: Callable[[str, dict], None], events: Iterable[str] = EVENTS) -> None:
+        for event in events:
+            if event not in EVENTS:
+                raise ValueError(f"there is no event {event!r}; it must be one of {', '.join(EVENTS)}")
+        for event in events:
+            self._listeners[event] = [*self._listeners[event], listener]
 
     def tell(self, event: str, /, **details: Any) -> None:
         """Let the listeners know, in order, on a thread of their own.  What is None is left out, but for data."""
         assert self.lock.locked()
-        if self._listeners or event == "client_disconnect":
+        if self._listeners[event] or event == "client_disconnect":
             self._notices.put((event, {key: value for key, value in details.items()
                                        if value is not None or key == "data"}))
 
@@ -1665,7 +1675,7 @@ class Bayeux:
         event, details = notice
         if event == "client_disconnect" and details["reason"] not in (ENDED_ASKED, ENDED_SHUTDOWN):
             self.logger.info("session %s ended: %s", details["client_id"], details["reason"])
-        for listener in self._listeners:
+        for listener in self._listeners[event]:
             try:
                 listener(event, dict(details))
             except APPLICATION_FAULTS:
@@ -3948,14 +3958,20 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
             return function
         return register
 
-    def add_listener(self, listener: Callable[[str, dict], None]) -> None:
+    def add_listener(self, listener: Callable[[str, dict], None], events: Iterable[str] = EVENTS) -> None:
         """Have listener(event, details) called with what happens (the original's Callback).
 
         subscribe, unsubscribe (client_id, channel), publish (channel, data; client_id, id, ext where given),
         client_push (client_id, channel, data, more), client_connect (client_id; ip, or session for a local
         client), client_disconnect (client_id, reason).  In order, on a thread that holds no lock.
+
+        Arguments:
+            events: the names of those that it wants; a notice of each publish has its price.
+
+        Raises:
+            ValueError: there is no event of such a name.
         """
-        self.core.add_listener(listener)
+        self.core.add_listener(listener, tuple(events))
 
     def subscribe(self, channel: str, client_id: str) -> None:
         """Subscribe a session or local client to a channel or pattern.  Raises BayeuxError 402, 403, 405."""
@@ -4033,24 +4049,91 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
 # note; the main thread reads it, and stops the server.
 # ======================================================================================
 
-def add_demo(server: BayeuxServer) -> None:
-    """The two parts that the command line runs: /service/echo, and a bot that answers on /chat/demo."""
+class Demo:
+    """What index.html talks to, as an application would be written: Demo(server) adds it.
 
-    @server.service("echo")
-    def echo(message: dict) -> dict:
+    channel            from        what it carries
+    /service/echo      a window    anything; it comes back
+    /service/members   a window    {user}: that name is in the chat now; {}: it no longer is; returns the members
+    /service/magnets   a window    returns the board: {magnets: [...]}, the last to be moved at the end
+    /chat/members      here        {members: names, the bot's first, 100 at most; count: of them all}
+    /chat/demo         everybody   {user, chat}; from here also with join: true and leave: true
+    /magnets/demo      a window    {magnet: its number, x, y: where, from 0 to 1}
+    """
+
+    LONGEST_NAME = 40           # characters
+    NAMES_SHOWN = 100           # so that a thousand who come cost no more than a thousand short messages
+    MAGNETS = 200               # numbers that the board remembers; a page has fewer words
+
+    def __init__(self, server: BayeuxServer) -> None:
+        self.server = server
+        self.lock = threading.Lock()            # services run side by side; guards members and magnets
+        self.members: dict[str, str] = {}       # clientId: name
+        self.magnets: dict[int, dict] = {}      # number: {magnet, x, y}
+        server.service("echo")(self.echo)
+        server.service("members")(self.come_or_go)
+        server.service("magnets")(self.board)
+        server.add_listener(self.session_ended, ["client_disconnect"])
+        self.bot = LocalClient(server, "autobot")
+        self.bot.subscribe("/chat/demo", self.answer)
+        self.bot.subscribe("/magnets/demo", self.move)
+
+    def echo(self, message: dict) -> dict:
         return {"data": message.get("data")}
 
-    bot = LocalClient(server, "autobot")
-
-    def answer(message: dict) -> None:
+    def answer(self, message: dict) -> None:
+        """The bot hears somebody; not itself, or it would never end."""
         data = message["data"]
         is_talk = isinstance(data, dict) and isinstance(data.get("chat"), str) and not (
             data.get("join") or data.get("leave"))
-        if is_talk and message.get("clientId") != bot.id:
+        if is_talk and message.get("clientId") != self.bot.id:
             text = f"I heard {data.get('user', 'somebody')} say: {data['chat'][:200]}"
-            bot.publish("/chat/demo", {"user": "autobot", "chat": text})
+            self.bot.publish("/chat/demo", {"user": "autobot", "chat": text})
 
-    bot.subscribe("/chat/demo", answer)
+    def come_or_go(self, message: dict) -> dict:
+        data, client_id = message.get("data"), message.get("clientId")
+        user = data.get("user") if isinstance(data, dict) else None
+        if client_id is None:
+            raise BayeuxError(401, "", "A member needs a session")
+        if user is not None and not (isinstance(user, str) and 0 < len(user.strip()) <= self.LONGEST_NAME):
+            raise BayeuxError(400, message["channel"], f"user must be a name of 1 to {self.LONGEST_NAME} characters")
+        self.change_member(client_id, user and user.strip())
+        return {"data": self.member_list()}
+
+    def change_member(self, client_id: str, user: str | None) -> None:
+        """Announce who came, went, or took another name; the one lock keeps the announcements in order."""
+        with self.lock, contextlib.suppress(BayeuxError):       # once the server stops, the bot is silent
+            before = self.members.pop(client_id, None)
+            if user is not None and any(session.id == client_id for session in self.server.sessions):
+                self.members[client_id] = user
+            after = self.members.get(client_id)
+            if before != after:
+                if before is not None:
+                    self.bot.publish("/chat/demo", {"user": before, "leave": True, "chat": f"{before} has left"})
+                if after is not None:
+                    self.bot.publish("/chat/demo", {"user": after, "join": True, "chat": f"{after} has joined"})
+                self.bot.publish("/chat/members", self.member_list())
+
+    def member_list(self) -> dict:
+        names = ["autobot", *self.members.values()]
+        return {"members": names[:self.NAMES_SHOWN], "count": len(names)}
+
+    def session_ended(self, event: str, details: dict) -> None:
+        """Who closed the lid of a laptop says no good-bye; the server misses the session, and we say it."""
+        self.change_member(details["client_id"], None)
+
+    def move(self, message: dict) -> None:
+        """Keep where a magnet is, for those who come later."""
+        data = message["data"] if isinstance(message["data"], dict) else {}
+        number, x, y = (data.get(key) for key in ("magnet", "x", "y"))
+        if type(number) is int and 0 <= number < self.MAGNETS and all(is_number(at) and 0 <= at <= 1 for at in (x, y)):
+            with self.lock:
+                self.magnets.pop(number, None)
+                self.magnets[number] = {"magnet": number, "x": x, "y": y}
+
+    def board(self, message: dict) -> dict:
+        with self.lock:
+            return {"data": {"magnets": list(self.magnets.values())}}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -4060,7 +4143,7 @@ def make_parser() -> argparse.ArgumentParser:
                     "Serves the files of a folder beside it.",
         epilog="example: python bayeux_server.py --port 8080 --docroot .    then open http://127.0.0.1:8080/")
     parser.add_argument("--version", action="version", version=f"bayeux_server {__version__} (Bayeux {VERSION})")
-    parser.add_argument("--bare", action="store_true", help="without the demo parts: /service/echo and the bot")
+    parser.add_argument("--bare", action="store_true", help="without what the demo page talks to: its services and the bot")
     group: Any = parser
     for row in dataclasses.fields(Options):
         if row.name in HELP_GROUPS:
@@ -4111,7 +4194,7 @@ def start_text(server: BayeuxServer, is_bare: bool) -> str:
              f"  limits     {at_once} requests at once from one address, {options.max_sessions} sessions,",
              f"             {options.max_queue} waiting events a session, {options.max_message_size} bytes a message"]
     if not is_bare:
-        lines.append("  demo       /service/echo, and a bot on /chat/demo (--bare: without)")
+        lines.append("  demo       /service/echo, /service/members, /service/magnets, a bot on /chat/demo (--bare: without)")
     return "\n".join([*lines, "Ctrl-C stops it."])
 
 
@@ -4132,7 +4215,7 @@ def main(arguments: list[str] | None = None) -> int:
             keywords.get("host", "127.0.0.1"), keywords.get("port", 8080), error.strerror or error), file=sys.stderr)
         return 1
     if not is_bare:
-        add_demo(server)
+        Demo(server)
     requests_to_stop: queue.SimpleQueue = queue.SimpleQueue()   # an Event's lock could be held by who is interrupted
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: requests_to_stop.put(number))

@@ -2690,6 +2690,18 @@ class TestListeners:
         core.handshake()
         assert told == [("callback", "client_connect"), ("second", "client_connect")]
 
+    def test_a_listener_may_want_some_events_only(self, core):
+        """SEED: server.add_listener"""
+        told = []
+        core.core.add_listener(lambda event, details: told.append(event), ["client_disconnect", "subscribe"])
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        core.publish(client_id, "/a", 1)
+        core.ask({"channel": "/meta/disconnect", "clientId": client_id})
+        assert told == ["subscribe", "client_disconnect"]
+        with pytest.raises(ValueError, match="no event 'connect'.*client_connect"):
+            core.core.add_listener(print, ["client_connect", "connect"])
+
     def test_a_listener_that_fails_is_logged_and_harms_nobody(self, errors):
         """SEED: callback"""
         def fail(event, details):
@@ -3249,7 +3261,7 @@ class TestLongPollWait:
         for client_id in clients:
             peer.subscribe(client_id, "/a")
         held = [hold_watched(peer, client_id) for client_id in clients]
-        peer.core._listeners.clear()            # their notices would wake it too
+        peer.core._listeners["publish"] = []    # their notices would wake it too
         peer.until_asleep()
         threads = threading.active_count()
         peer.core.publish("/a", "event")
@@ -7916,7 +7928,8 @@ class TestCommandLine:
     def test_the_start_says_what_a_newcomer_wants_to_know(self, program):
         for fact in (f"open {program.root}/", f"{program.root}/cometd", "long-polling, callback-polling", str(HERE),
                      "clients after their handshake", "own pages", "10 requests at once", "10000 sessions",
-                     "10000 waiting events", "65536 bytes a message", "/service/echo", "/chat/demo", "Ctrl-C"):
+                     "10000 waiting events", "65536 bytes a message", "/service/echo, /service/members, /service/magnets",
+                     "/chat/demo", "Ctrl-C"):
             assert fact in program.text
 
     def test_the_start_says_what_was_changed(self, tmp_path):
@@ -7987,6 +8000,63 @@ class TestCommandLine:
             texts = []
             while "I heard anna say: still there?" not in texts:
                 texts += [event["data"].get("chat") for event in peer.connect()[1:]]
+
+    def test_members_come_and_go(self):
+        with Program() as program, Peer(program) as anna, Peer(program) as bob:
+            anna.subscribe("/chat/*")
+            assert bob.ask("/service/members", data={"user": " bob "})["data"] == {
+                "members": ["autobot", "bob"], "count": 2}
+            assert anna.ask("/service/members", data={"user": "anna"})["data"]["members"] == ["autobot", "bob", "anna"]
+            assert bob.ask("/service/members", data={"user": "bob"})["data"]["count"] == 3
+            assert bob.ask("/service/members", data={})["data"] == {"members": ["autobot", "anna"], "count": 2}
+            events = []
+            while len(events) < 6:
+                events += anna.connect()[1:]
+            assert [(event["channel"], event["data"]) for event in events] == [
+                ("/chat/demo", {"user": "bob", "join": True, "chat": "bob has joined"}),
+                ("/chat/members", {"members": ["autobot", "bob"], "count": 2}),
+                ("/chat/demo", {"user": "anna", "join": True, "chat": "anna has joined"}),
+                ("/chat/members", {"members": ["autobot", "bob", "anna"], "count": 3}),
+                ("/chat/demo", {"user": "bob", "leave": True, "chat": "bob has left"}),
+                ("/chat/members", {"members": ["autobot", "anna"], "count": 2})]
+
+    def test_a_member_whose_session_ends_has_left(self):
+        with Program() as program, Peer(program) as anna:
+            anna.subscribe("/chat/members")
+            with Peer(program) as bob:
+                bob.ask("/service/members", data={"user": "bob"})
+                bob.ask("/meta/disconnect")
+            lists = []
+            while len(lists) < 2:
+                lists += [event["data"]["members"] for event in anna.connect()[1:]]
+            assert lists == [["autobot", "bob"], ["autobot"]]
+
+    @pytest.mark.parametrize("user", ["", "  ", "x" * 41, 1, True, [], {}])
+    def test_a_member_needs_a_name(self, program, user):
+        with Peer(program) as peer:
+            assert peer.ask("/service/members", data={"user": user})["error"].startswith("400:/service/members:")
+            assert "autobot" in peer.ask("/service/members", data=None)["data"]["members"]
+
+    def test_the_list_of_members_is_no_longer_than_it_says(self):
+        demo = bayeux_server.Demo(BayeuxServer(port=0))
+        try:
+            demo.members = {str(number): f"member {number}" for number in range(1000)}
+            listed = demo.member_list()
+            assert listed["count"] == 1001 and len(listed["members"]) == 100 and listed["members"][0] == "autobot"
+        finally:
+            demo.server.shutdown()
+
+    def test_the_board_shows_newcomers_where_the_magnets_are(self, program):
+        def at(magnet, x, y):
+            return {"magnet": magnet, "x": x, "y": y}
+
+        with Peer(program) as peer:
+            for data in (at(3, 0.5, 0), at(4, 0.25, 1), {**at(3, 0.75, 0.5), "by": "anna"}, at(200, 0, 0), at(-1, 0, 0),
+                         at(True, 0, 0), at("3", 0, 0), at(5, 1.5, 0), at(5, 0, None), at(5, "0", 0), [], None, "text"):
+                peer.publish("/magnets/demo", data)
+            wait_until(lambda: len(peer.ask("/service/magnets")["data"]["magnets"]) == 2
+                       and peer.ask("/service/magnets")["data"]["magnets"][-1]["magnet"] == 3, "the board")
+            assert peer.ask("/service/magnets")["data"] == {"magnets": [at(4, 0.25, 1), at(3, 0.75, 0.5)]}
 
     def test_bare_has_no_demo(self):
         with Program("--bare") as program, Peer(program) as peer:
