@@ -68,6 +68,7 @@ import hashlib
 import heapq
 import http.server
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -148,6 +149,7 @@ RECEIVE_SIZE = 64 * 1024                # bytes read from a socket, or from a fi
 REQUESTS_AT_ONCE = 16                   # of one connection, before others have their turn
 PARTS_AT_ONCE = 16                      # of one large output, likewise
 ANSWERS_AT_ONCE = 32                    # connects answered between two looks at the queues
+ROUNDS_AT_ONCE = 8                      # such looks, before the leader reads on
 LONGEST_WAIT = 3600.0                   # seconds that a thread sleeps at once; Condition.wait bears no 300 years
 
 # What the application's code may raise.  sys.exit() in it ends no thread of ours.
@@ -388,6 +390,18 @@ def refusal(message: Any, error: BayeuxError) -> dict:
         # No second try would fare better, except with other credentials.
         reply["advice"] = {"reconnect": "handshake" if error.code == 401 else "none"}
     return {**reply, **error.fields}
+
+
+def success_text(channel: str, id: Any) -> str:
+    """The JSON text of a reply with channel, successful and the id as it came, if one did.
+
+    For a channel whose name is known to be one: no character of it needs an escape.
+    """
+    if id is None:
+        return f'{{"channel":"{channel}","successful":true}}'
+    is_plain = isinstance(id, str) and id.isalnum() and id.isascii()
+    shown = f'"{id}"' if is_plain else encode_json(id)
+    return f'{{"channel":"{channel}","successful":true,"id":{shown}}}'
 
 
 def with_fields(text: str, fields: dict) -> str:
@@ -645,12 +659,12 @@ class Session:
     def __repr__(self) -> str:
         return f"<Session {self.id} from {self.address}>"
 
-    def accept(self, event: Event, core: Bayeux) -> None:
-        """Queue the event.  Under the lock."""
-        self.queue.append(event)
+    def accept(self, events: list[Event], core: Bayeux) -> None:
+        """Queue events of one channel.  Under the lock."""
+        self.queue += events
         if self.waiting > core.options.max_queue:
             core.overfull.append(self)
-        elif event.is_lazy:
+        elif events[0].is_lazy:
             core.delay(self)
         elif not self.is_urgent:            # else it is ready already, or cannot be
             self.is_urgent = True
@@ -746,7 +760,7 @@ class Mailbox:
         """Handle all there is; a piece that fails is logged and harms no other."""
         core, me = self.core, threading.get_ident()
         while True:
-            with core.condition:
+            with core.lock:
                 items, self.items = self.items, []
                 core.opening.add(me)
                 if not items:
@@ -805,13 +819,14 @@ def version_key(version: str) -> list[tuple]:
 class Turn:
     """What the messages of one request share."""
 
-    __slots__ = ("connecting", "events", "exchange", "is_shared")
+    __slots__ = ("connecting", "events", "exchange", "is_shared", "published")
 
     def __init__(self, exchange: Exchange, is_shared: bool) -> None:
         self.exchange = exchange
         self.is_shared = is_shared                      # the request has more than one message
         self.connecting: Session | None = None          # whose events go with the answer
         self.events: list[Event] = []                   # those, where they have been taken already
+        self.published: list[Event] = []                # on one channel, one after another, and not yet queued
 
 
 class Bayeux:
@@ -822,12 +837,14 @@ class Bayeux:
         logger: one line for each refusal goes here.
         run_later: runs a function on another thread, soon; here, if there are no threads (tests).
         step_aside: called before the application's code, which may take its time, runs on this thread.
+        delivers_here: whether this thread delivers what is ready before it sleeps; else the wait is woken for it.
         clock: seconds that only ever grow.
     """
 
     def __init__(self, options: Options, logger: logging.Logger | None = None,
                  run_later: Callable[[Callable], None] = lambda job: job(),
                  step_aside: Callable[[], None] = lambda: None,
+                 delivers_here: Callable[[], bool] = lambda: False,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.options = options
         self.logger = logger or logging.getLogger("bayeux_server")
@@ -850,6 +867,7 @@ class Bayeux:
         self._timer_number = 0
         self._run_later = run_later
         self._step_aside = step_aside
+        self._delivers_here = delivers_here
         self._listeners: dict[str, list[Callable]] = {event: [] for event in EVENTS}
         if options.callback:
             self.add_listener(options.callback)
@@ -876,8 +894,12 @@ class Bayeux:
             messages = [messages[channels.index(HANDSHAKE)]]
         turn = Turn(exchange, is_shared=len(messages) > 1)
         replies: list[list[str]] = [[]] * len(messages)
-        for place in sorted(range(len(messages)), key=lambda place: channels[place] != CONNECT):
+        places: Iterable[int] = range(len(messages))
+        if CONNECT in channels[1:]:
+            places = sorted(places, key=lambda place: channels[place] != CONNECT)
+        for place in places:
             replies[place] = self._replies_to(messages[place], turn)
+        self._deliver_published(turn)
         self.wake()
         texts = [text for each in replies for text in each]
         if texts:                           # none: its connect is held, and the exchange now the wait's
@@ -929,7 +951,7 @@ class Bayeux:
         if message.get("id") is not None and not is_message_id(message["id"]):
             raise BayeuxError(400, self._channel_shown(message), "id must be a string or a number")
         for incoming in self._incoming:
-            self._application_comes()
+            self._application_comes(turn)
             message = incoming(session, message)
             if message is None:
                 raise BayeuxError(403, "", "An extension refused the message")
@@ -947,7 +969,9 @@ class Bayeux:
                     channel == PING or (channel not in self._meta and self.options.anon_publish)))
             if channel != CONNECT:
                 session.active = self.clock()
-            self._check_acl(session, message)
+            self._check_acl(session, message, turn)
+        if turn.published and turn.published[-1].channel != channel:
+            self._deliver_published(turn)
         return handler(session, message, turn)
 
     def _handler(self, channel: str) -> Callable[[Any, dict, Turn], list[str]]:
@@ -973,18 +997,20 @@ class Bayeux:
         raise BayeuxError(402, client_id, "Unknown client" + (f" - it ended by {reason}" if reason else ""),
                           advice=self._advice("handshake"))
 
-    def _application_comes(self) -> None:
+    def _application_comes(self, turn: Turn | None = None) -> None:
         """The next call may take its time: let what has been published leave, and another thread lead."""
-        self.wake()
+        if turn is not None:
+            self._deliver_published(turn)
         self._step_aside()
+        self.wake()
 
-    def _check_acl(self, session: Session, message: dict) -> None:
+    def _check_acl(self, session: Session, message: dict, turn: Turn) -> None:
         """Ask the application whether the message may pass; what fails to answer refuses."""
         acl = self.options.message_acl
         if acl is None:
             return
         channel = message["channel"]
-        self._application_comes()
+        self._application_comes(turn)
         try:
             answer = acl(session, message)
         except APPLICATION_FAULTS:
@@ -1003,12 +1029,22 @@ class Bayeux:
             reply["id"] = message["id"]
         return reply
 
-    def _finish(self, session: Session | None, message: dict, reply: dict, number: int | None = None) -> list[str]:
-        """The reply's text, after the extensions.  One that they drop is replaced: every message gets its reply."""
-        reply = self._through_extensions(session, reply) or refusal(
-            message, BayeuxError(403, self._channel_shown(message), "An extension dropped the reply"))
+    def _finish(self, session: Session | None, message: dict, reply: dict | None = None,
+                number: int | None = None) -> list[str]:
+        """The text of a reply that leaves now."""
+        text = self._reply_text(session, message, reply)
         late = self._late_fields(TimeSync.of(message) if self.options.timesync else None, number)
-        return [with_fields(encode_json(reply), late) if late else encode_json(reply)]
+        return [with_fields(text, late) if late else text]
+
+    def _reply_text(self, session: Session | None, message: dict, reply: dict | None) -> str:
+        """The reply after the extensions.  One that they drop is replaced: every message gets its reply.
+
+        None is the plain reply, that says no more than that all went well.  Most are, and need no encoder.
+        """
+        if reply is None and not self._outgoing:
+            return success_text(message["channel"], message.get("id"))
+        return encode_json(self._through_extensions(session, reply or self._success(message)) or refusal(
+            message, BayeuxError(403, self._channel_shown(message), "An extension dropped the reply")))
 
     def _late_fields(self, timesync: TimeSync | None, number: int | None) -> dict:
         """The fields of a reply that depend on when it leaves.  number: its own, with acknowledgement."""
@@ -1046,7 +1082,7 @@ class Bayeux:
         self._check_version(message)
         types = self._common_types(message, turn)
         session = Session(secrets.token_hex(16), turn.exchange)     # 128 random bits, never reused
-        self._check_acl(session, message)
+        self._check_acl(session, message, turn)
         reply = self._success(message, version=VERSION, minimumVersion=VERSION, supportedConnectionTypes=types,
                               clientId=session.id, advice=self._advice())
         ext = message["ext"] if isinstance(message.get("ext"), dict) else {}
@@ -1057,7 +1093,7 @@ class Bayeux:
             session.ack = True
             reply["ext"] = {**reply.get("ext", {}), "ack": True}
         session.browser = turn.exchange.name_browser()
-        with self.condition:
+        with self.lock:
             if self.stopping:
                 raise BayeuxError(503, "", "The server is stopping",
                                   advice={"reconnect": "handshake", "interval": BUSY_RETRY * 1000})
@@ -1115,12 +1151,11 @@ class Bayeux:
         self._end_inactive(session)
         advice = self._connect_advice(session, message, turn)
         patience = self._patience(session, message, turn)
-        reply = self._success(message, **({"advice": advice} if advice else {}))
+        reply = self._success(message, advice=advice) if advice else None
         if patience > 0:
-            text = encode_json(self._through_extensions(session, reply) or refusal(
-                message, BayeuxError(403, CONNECT, "An extension dropped the reply")))
+            text = self._reply_text(session, message, reply)
             timesync = TimeSync.of(message) if self.options.timesync else None
-        with self.condition:
+        with self.lock:
             self._require_live(session)
             self._begin_connect(session, message, turn)
             if patience > 0:
@@ -1174,7 +1209,7 @@ class Bayeux:
         """(CometD's activity extension): a page that was left open only sends heart-beats."""
         limit = self.options.max_inactivity
         if limit and self.clock() - session.active > limit:
-            with self.condition:
+            with self.lock:
                 self.end_session(session, ENDED_INACTIVE)
             raise BayeuxError(402, session.id or "", f"Session ended by {ENDED_INACTIVE}",
                               advice={"reconnect": "none", "interval": 0})
@@ -1184,7 +1219,7 @@ class Bayeux:
         allowed = self.options.max_sessions_per_browser
         if not allowed or session.browser is None or turn.exchange.stream is not None:
             return False
-        with self.condition:
+        with self.lock:
             return allowed <= sum(other.browser == session.browser and other.hold is not None
                                   for other in self.sessions.values() if other is not session)
 
@@ -1192,15 +1227,15 @@ class Bayeux:
 
     def _disconnect(self, session: Session, message: dict, turn: Turn) -> list[str]:
         """(Bayeux, "Disconnect").  Request: channel, clientId, id?.  Reply: channel, successful, id?"""
-        with self.condition:
+        with self.lock:
             self.end_session(session, ENDED_ASKED)
         if turn.connecting is session:
             turn.connecting = None
-        return self._finish(session, message, self._success(message))
+        return self._finish(session, message)
 
     def _ping(self, session: Session, message: dict, turn: Turn) -> list[str]:
         """Dojo's time synchronisation of 2008; what it wants is in ext.timesync, as in any reply."""
-        return self._finish(session, message, self._success(message))
+        return self._finish(session, message)
 
     # -- Subscribe, unsubscribe ------------------------------------------------------------
 
@@ -1212,7 +1247,7 @@ class Bayeux:
         Refused:  as a whole; nothing is recorded
         """
         patterns = self._patterns(message)
-        with self.condition:
+        with self.lock:
             self._require_live(session)
             wanted = [each for each in patterns if not each.startswith(SERVICE)]    # those SHOULD NOT be recorded
             if len(session.subscriptions.union(wanted)) > self.options.max_subscriptions:
@@ -1224,7 +1259,7 @@ class Bayeux:
     def _unsubscribe(self, session: Session, message: dict, turn: Turn) -> list[str]:
         """(Bayeux, "Unsubscribe"), the same fields; refused for what was not subscribed."""
         patterns = self._patterns(message)
-        with self.condition:
+        with self.lock:
             recorded = [each for each in dict.fromkeys(patterns) if not each.startswith(SERVICE)]
             for pattern in recorded:
                 self.require_subscription(session, pattern)
@@ -1283,8 +1318,10 @@ class Bayeux:
         if "data" not in message:
             raise BayeuxError(400, message["channel"], "data is missing")
         event = self._event(message["channel"], message["data"], session.id, message.get("id"), message.get("ext"))
-        self._deliver(event)
-        return self._finish(session, message, self._success(message))
+        turn.published.append(event)
+        if self._outgoing:                  # the application's, of which one may take its time over our reply
+            self._deliver_published(turn)
+        return self._finish(session, message)
 
     def _event(self, channel: str, data: Any, client_id: str | None, id: Any, ext: Any) -> Event:
         fields = {"channel": channel, "data": data}
@@ -1307,25 +1344,31 @@ class Bayeux:
             session.lazy_deadline = self.clock() + self.options.max_lazy
             self._schedule(session)
 
-    def _deliver(self, event: Event) -> None:
-        """Queue the event for every subscriber.  Overlapping subscriptions deliver one copy."""
-        notice = event.notice() if self._listeners["publish"] else None
-        own_events = self._own_events(event) if self._outgoing else None
-        with self.condition:
+    def _deliver_published(self, turn: Turn) -> None:
+        """Queue what the request has published.  Ten events in a batch ask for the subscribers once, not ten times."""
+        if turn.published:
+            events, turn.published = turn.published, []
+            self._deliver(events)
+
+    def _deliver(self, events: list[Event]) -> None:
+        """Queue the events, all of one channel, for its subscribers.  Overlapping subscriptions deliver one copy."""
+        notices = [event.notice() for event in events] if self._listeners["publish"] else ()
+        own_events = [each for event in events for each in self._own_events(event)] if self._outgoing else None
+        with self.lock:
             if own_events is None:
-                for subscriber in self.registry.subscribers(event.channel):
-                    subscriber.accept(event, self)
+                for subscriber in self.registry.subscribers(events[0].channel):
+                    subscriber.accept(events, self)
             else:
                 for subscriber, own_event in own_events:
                     if own_event is not None and not subscriber.ended:
-                        subscriber.accept(own_event, self)
+                        subscriber.accept([own_event], self)
             self._end_overfull()
-            if notice is not None:
+            for notice in notices:
                 self.tell("publish", **notice)
 
     def _own_events(self, event: Event) -> list[tuple[Session | LocalClient, Event | None]]:
         """The subscribers, each with the event as it is to get it: one encoding for each."""
-        with self.condition:
+        with self.lock:
             subscribers = list(self.registry.subscribers(event.channel))
         return [(subscriber, self._own_event(subscriber, event)) for subscriber in subscribers]
 
@@ -1430,7 +1473,7 @@ class Bayeux:
 
     def stop(self) -> None:
         """Take no new sessions, end all there are, and let every held connect be answered."""
-        with self.condition:
+        with self.lock:
             self.stopping = True
             for subscriber in [*self.sessions.values(), *self.local_clients.values()]:
                 subscriber.end(ENDED_SHUTDOWN, self)
@@ -1479,7 +1522,7 @@ class Bayeux:
 
     def attach(self, client_id: str, stream: Stream) -> bool:
         """The same from outside: an event stream has been opened for the session.  False: there is none."""
-        with self.condition:
+        with self.lock:
             session = self.sessions.get(client_id)
             if session is None or (self.options.bind_sessions and session.browser != stream.browser):
                 return False
@@ -1491,7 +1534,7 @@ class Bayeux:
 
     def detach(self, stream: Stream) -> None:
         """The stream is gone, and the connects that were held on it.  What waits for its sessions goes on waiting."""
-        with self.condition:
+        with self.lock:
             for session in stream.sessions:
                 if session.hold is not None and session.hold.exchange.stream is stream:
                     self._take_hold(session.hold)
@@ -1568,7 +1611,7 @@ class Bayeux:
 
     def settle_later(self, answer: Answer, is_written: bool) -> None:
         """settle, for who does not hold the lock."""
-        with self.condition:
+        with self.lock:
             self.settle(answer, is_written)
         self.wake()
 
@@ -1577,7 +1620,7 @@ class Bayeux:
         session = turn.connecting
         answer = Answer(turn.exchange, replies, session, turn.events)
         if session is not None and not session.ack and not session.uses_stream:
-            with self.condition:
+            with self.lock:
                 answer.events = self._take_events(session)
         is_written = self.send(answer)
         if is_written is not None and session is not None:
@@ -1585,7 +1628,7 @@ class Bayeux:
 
     def answer_now(self, exchange: Exchange) -> None:
         """Answer the connect held on the exchange, if it still is: another request came behind it."""
-        with self.condition:
+        with self.lock:
             if exchange.hold is None:
                 return
             answer = self._take_hold(exchange.hold)
@@ -1595,7 +1638,7 @@ class Bayeux:
 
     def hang_up(self, exchange: Exchange) -> None:
         """The connection of the exchange is gone.  What waits for its session goes on waiting."""
-        with self.condition:
+        with self.lock:
             if exchange.hold is not None:
                 session = exchange.hold.session
                 self._take_hold(exchange.hold)
@@ -1640,6 +1683,12 @@ class Bayeux:
             else:
                 self.end_session(session, ENDED_TIMEOUT)
 
+    def has_work(self) -> bool:
+        """Whether something is to be sent, or to be looked at, now."""
+        assert self.lock.locked()
+        is_due = bool(self.timers) and self.timers[0][0] <= self.clock()
+        return bool(self.ready or self.released or self.mailboxes) or is_due
+
     def seconds_to_deadline(self) -> float | None:
         assert self.lock.locked()
         return min(max(0.0, self.timers[0][0] - self.clock()), LONGEST_WAIT) if self.timers else None
@@ -1648,8 +1697,11 @@ class Bayeux:
         """Set to work what was made ready: the wait, and the mailboxes.  Without the lock."""
         if not (self.ready or self.released or self.mailboxes):
             return                          # who adds something after this look calls wake, too
-        with self.condition:
-            if self.ready or self.released:
+        is_delivered_here = self._delivers_here()
+        if is_delivered_here and not self.mailboxes:
+            return
+        with self.lock:
+            if not is_delivered_here:
                 self.condition.notify_all()
             mailboxes, self.mailboxes = self.mailboxes, []
         for mailbox in mailboxes:
@@ -1695,12 +1747,12 @@ class Bayeux:
 
     def subscribe(self, channel: str, client_id: str) -> None:
         self.require_broadcast(channel, is_channel_pattern(channel))
-        with self.condition:
+        with self.lock:
             self.add_subscription(self.subscriber(client_id), channel)
         self.wake()
 
     def unsubscribe(self, channel: str, client_id: str) -> None:
-        with self.condition:
+        with self.lock:
             subscriber = self.subscriber(client_id)
             self.require_subscription(subscriber, channel)
             self.remove_subscription(subscriber, channel)
@@ -1709,25 +1761,25 @@ class Bayeux:
     def publish(self, channel: str, data: Any, client_id: str | None = None, id: Any = None,
                 ext: dict | None = None) -> None:
         self.require_broadcast(channel, is_channel_name(channel))
-        self._deliver(self._event(channel, data, client_id, id, ext))
+        self._deliver([self._event(channel, data, client_id, id, ext)])
         self.wake()
 
     def client_push(self, client_id: str, channel: str, data: Any = None, **extra: Any) -> None:
         if not is_channel_name(channel) or channel.startswith(META):
             raise BayeuxError(405, channel, "Bad channel name")
         event = Event({"channel": channel, "data": data, **extra})
-        with self.condition:
+        with self.lock:
             subscriber = self.subscriber(client_id)
         own_event = self._own_event(subscriber, event)
-        with self.condition:
+        with self.lock:
             if own_event is not None and not subscriber.ended:
-                subscriber.accept(own_event, self)
+                subscriber.accept([own_event], self)
             self._end_overfull()
             self.tell("client_push", client_id=client_id, channel=channel, data=data, **extra)
         self.wake()
 
     def disconnect(self, client_id: str, reason: str) -> None:
-        with self.condition:
+        with self.lock:
             self.subscriber(client_id).end(reason, self)
         self.wake()
 
@@ -1782,7 +1834,7 @@ class LocalClient:
         self._on_end = on_end
         self._callbacks: dict[str, Callable[[dict], None]] = {}
         self._mailbox = Mailbox(self._core, self._handle)
-        with self._core.condition:
+        with self._core.lock:
             if self._core.stopping:
                 raise ValueError("the server has stopped")
             if self.id in self._core.local_clients:
@@ -1814,7 +1866,7 @@ class LocalClient:
             BayeuxError: no pattern (405), a /meta/ or /service/ channel (403), or closed (402).
         """
         self._core.require_broadcast(channel, is_channel_pattern(channel))
-        with self._core.condition:
+        with self._core.lock:
             self._require_open()
             self._callbacks.pop(channel, None)
             if callback is not None:
@@ -1824,7 +1876,7 @@ class LocalClient:
 
     def unsubscribe(self, channel: str) -> None:
         """End the subscription.  Raises BayeuxError: there is none (404), or closed (402)."""
-        with self._core.condition:
+        with self._core.lock:
             self._require_open()
             self._core.require_subscription(self, channel)
             self._core.remove_subscription(self, channel)
@@ -1845,16 +1897,17 @@ class LocalClient:
 
     def close(self) -> None:
         """End the subscriptions.  What has not been delivered is dropped.  Closing twice does nothing."""
-        with self._core.condition:
+        with self._core.lock:
             self.end(ENDED_ASKED, self._core)
         self._core.wake()
 
     # The core's side, the same as a session's.
 
-    def accept(self, event: Event, core: Bayeux) -> None:
-        """Take an event for the callbacks.  Under the lock."""
+    def accept(self, events: list[Event], core: Bayeux) -> None:
+        """Take events for the callbacks.  Under the lock."""
         if self._callbacks:
-            self._mailbox.put(event)
+            for event in events:
+                self._mailbox.put(event)
             if len(self._mailbox.items) > core.options.max_queue:
                 core.overfull.append(self)
 
@@ -1882,7 +1935,7 @@ class LocalClient:
         if event is None:
             return self._on_end(self.ended)
         matching = patterns_matching(event.channel)
-        with self._core.condition:
+        with self._core.lock:
             # Each callback once; and none that was taken away while the event waited.
             callbacks = [callback for pattern, callback in self._callbacks.items() if pattern in matching]
         for callback in dict.fromkeys(callbacks):
@@ -1913,27 +1966,41 @@ class LongPollWait(threading.Thread):
         self._is_over = False
 
     def run(self) -> None:
+        while self._sleep():
+            self.deliver()
+            self._core.wake()           # sessions may have ended, and listeners want to know
+
+    def _sleep(self) -> bool:
+        """Wait until there is something to do; False: there never will be."""
+        core = self._core
+        with core.condition:
+            while not core.has_work():
+                if self._is_over:
+                    return False
+                core.condition.wait(core.seconds_to_deadline())
+        return True
+
+    def deliver(self, rounds: int | None = None) -> None:
+        """Send what is ready, on whatever thread this is: all of it, or that of so many looks at the queues."""
         core, sent = self._core, []
-        while True:
-            with core.condition:
+        for _ in range(rounds) if rounds else itertools.count():
+            with core.lock:
                 for answer, is_written in sent:
                     core.settle(answer, is_written)
                 answers = core.take_answers(ANSWERS_AT_ONCE)
-                while not (answers or core.mailboxes or self._is_over):
-                    core.condition.wait(core.seconds_to_deadline())
-                    answers = core.take_answers(ANSWERS_AT_ONCE)
-                if self._is_over and not answers:
-                    return
-            if core.mailboxes:              # sessions have ended just now, and listeners want to know
-                core.wake()
+            if not answers:
+                return
             sent = []
             for answer in answers:
                 is_written = core.send(answer)
                 if is_written is not None:
                     sent.append((answer, is_written))
+        with core.lock:
+            for answer, is_written in sent:
+                core.settle(answer, is_written)
 
     def stop(self) -> None:
-        with self._core.condition:
+        with self._core.lock:
             self._is_over = True
             self._core.condition.notify_all()
         self.join()
@@ -2374,13 +2441,15 @@ class Watch:
 
     Arguments:
         listener: the listening socket; accept() is called when somebody connects.
+        deliver: sends what is ready; called by the leader before it waits.  Whether it is to be called again soon.
         threads: where the leader comes from.
         patience: seconds a peer may take to send a request, or to take in an answer.
     """
 
-    def __init__(self, listener: socket.socket, accept: Callable[[], None], threads: HandlerThreads,
-                 patience: float, logger: logging.Logger) -> None:
+    def __init__(self, listener: socket.socket, accept: Callable[[], None], deliver: Callable[[], bool],
+                 threads: HandlerThreads, patience: float, logger: logging.Logger) -> None:
         self.patience = patience
+        self._deliver = deliver
         self.connections: set[Connection] = set()
         self._listener = listener
         self._accept = accept
@@ -2461,7 +2530,8 @@ class Watch:
         me = self._leader = threading.get_ident()
         while not self._is_over:
             self._look_after_listener()
-            for key, ready in self._selector.select(0 if self._resumed else self._seconds_to_sweep()):
+            is_busy = self._deliver() or self._resumed
+            for key, ready in self._selector.select(0 if is_busy else self._seconds_to_sweep()):
                 if key.data is not None:
                     self._attend(key.data, self._look_at_socket, ready)
                 elif key.fileobj is self._listener:
@@ -3211,6 +3281,7 @@ class HttpTransport:
                 self._receive_batch(connection, request)
             else:
                 self._watch.step_aside()
+                self.core.wake()
                 self._send_plain(connection, request, self._plain_response(request))
         except HTTPFault as fault:
             self._refuse(connection, request, fault, is_last=not request.wants_keep_alive)
@@ -3316,7 +3387,7 @@ class HttpTransport:
         if self.is_stopping:
             raise HTTPFault(503, "The server is stopping", messages, Retry_After=retry_after)
         if limit:
-            with self.core.condition:
+            with self.core.lock:
                 if self._open_requests[exchange.address] >= limit:
                     raise HTTPFault(503, f"More than {limit} requests at once from {exchange.address}", messages,
                                     Retry_After=retry_after)
@@ -3324,7 +3395,7 @@ class HttpTransport:
 
     def end_request(self, exchange: HttpExchange | HttpStream) -> None:
         if self.options.client_max_connections:
-            with self.core.condition:
+            with self.core.lock:
                 if exchange.is_counted:
                     exchange.is_counted = False
                     self._open_requests[exchange.address] -= 1
@@ -3838,14 +3909,28 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         super().__init__((options.host, options.port), FileHandler)
         self._log_handler = self._open_log()
         self.socket.setblocking(False)
-        self.watch = Watch(self.socket, self._handle_request_noblock, self._handler_threads, options.request_timeout,
-                           self.logger)
-        self.core = Bayeux(options, self.logger, self._handler_threads.run, self.watch.step_aside)
+        self.watch = Watch(self.socket, self._handle_request_noblock, self._deliver, self._handler_threads,
+                           options.request_timeout, self.logger)
+        self.core = Bayeux(options, self.logger, self._handler_threads.run, self.watch.step_aside,
+                           self._delivers_here)
         self.http = HttpTransport(options, self.core, self.watch, self.logger)
         self._wait = LongPollWait(self.core)
         self._state = threading.Lock()
         self._has_started = self._has_stopped = False
         live_servers.add(self)
+
+    def _delivers_here(self) -> bool:
+        if not self.watch.is_led_here():
+            return False
+        if len(self.core.ready) <= 8:
+            self._wait.deliver(1)
+        return True
+
+    def _deliver(self) -> bool:
+        """What the leader does before it looks for more to read; whether there is more to deliver."""
+        if self.core.ready or self.core.released:
+            self._wait.deliver(ROUNDS_AT_ONCE)
+        return bool(self.core.ready)
 
     def _open_log(self) -> logging.Handler | None:
         if self.options.debug:
@@ -4001,7 +4086,7 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
     @property
     def sessions(self) -> list[Session]:
         """The sessions there are now, to be looked at, not to be changed (but for flags)."""
-        with self.core.condition:
+        with self.core.lock:
             return list(self.core.sessions.values())
 
     def end_session(self, client_id: str, reason: str) -> None:

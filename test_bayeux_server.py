@@ -1115,16 +1115,30 @@ class TestSessions:
         core.core.publish("/a", 4)
         assert [event["data"] for event in core.events(diligent)] == [4]
 
+    def test_events_of_one_batch_are_queued_in_the_order_of_its_messages(self, core):
+        """S3, P2: however they are put together on the way."""
+        client_id = core.handshake()
+        mine = {"clientId": client_id}
+        core.subscribe(client_id, "/b")
+        core.ask({"channel": "/a", "data": "before the subscription", **mine},
+                 {"channel": "/meta/subscribe", "subscription": "/a", **mine},
+                 *[{"channel": channel, "data": number, **mine} for number, channel in enumerate("/a /a /b /a".split())],
+                 {"channel": "/meta/unsubscribe", "subscription": "/a", **mine},
+                 {"channel": "/a", "data": "after it", **mine}, {"channel": "/b", "data": 4, **mine})
+        assert [(event["channel"], event["data"]) for event in core.events(client_id)] == [
+            ("/a", 0), ("/a", 1), ("/b", 2), ("/a", 3), ("/b", 4)]
+
     def test_a_queue_may_overflow_within_one_batch(self):
-        """Issue 5: the publisher that ends its own session is told so from then on."""
+        """Issue 5: events that come together count together; who ends its own session is told so from then on."""
         core = CorePeer(max_queue=2)
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         replies = core.ask(*[{"channel": "/a", "clientId": client_id, "data": number, "id": number}
                              for number in range(5)])
         assert [reply["id"] for reply in replies] == list(range(5))
-        assert [reply["successful"] for reply in replies] == [True, True, True, False, False]
-        assert error_code(replies[4]) == 402 and replies[4]["advice"] == ADVICE_HANDSHAKE
+        assert [reply["successful"] for reply in replies] == [True] * 5
+        reply, = core.ask({"channel": "/a", "clientId": client_id, "data": 6})
+        assert error_code(reply) == 402 and reply["advice"] == ADVICE_HANDSHAKE
 
     def test_a_held_connect_is_answered_when_its_queue_overflows(self):
         """Issue 5: not left hanging."""
@@ -1134,7 +1148,7 @@ class TestSessions:
         held = core.hold(client_id, id="9")
         with core.core.condition:                   # more at once than the wait could take
             for number in range(3):
-                core.core.sessions[client_id].accept(bayeux_server.Event({"channel": "/a", "data": number}), core.core)
+                core.core.sessions[client_id].accept([bayeux_server.Event({"channel": "/a", "data": number})], core.core)
             core.core._end_overfull()
         core.work()
         reply, = held.answer
