@@ -576,7 +576,7 @@ class Stream(Exchange):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sessions: set[Session] = set()
+        self.sessions: list[Session] = []
 
 
 class Hold(NamedTuple):
@@ -610,6 +610,43 @@ class Answer:
         return "[{}]".format(",".join([*replies, *[event.text for event in self.events]]))
 
 
+class Acknowledgement:
+    """What must be remembered of a session whose client acknowledges what it gets.  (CometD's ack extension)
+
+    Attributes:
+        number: of the latest reply to a connect.
+        sent: the events of such replies that may have to leave again, with the numbers of the replies that took each.
+        sent_again: the same of events that are in the queue once more.
+    """
+
+    __slots__ = ("number", "sent", "sent_again")
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.sent: dict[Event, tuple[int, ...]] = {}
+        self.sent_again: dict[Event, tuple[int, ...]] = {}
+
+    def take_out(self, event: Event) -> None:
+        """The event leaves with the reply of this number, and may have to leave again."""
+        numbers = self.sent_again.pop(event, ())
+        self.sent[event] = (*numbers[-9:], self.number)
+
+    def pending(self, seen: float, queue: list[Event]) -> list[Event]:
+        """The queue as it is once the client has named the last reply that it saw; what later ones took comes first.
+
+        A connect may be late: its client has long given it up, and come back.  Its number is old, then, and
+        events leave again that have been seen.  So an event remembers all the replies it left with, and the
+        client has seen it if it names one of them.
+        """
+        known = {event for event, numbers in self.sent_again.items() if seen in numbers}
+        for event in known:
+            del self.sent_again[event]
+        missed = {event: numbers for event, numbers in self.sent.items() if seen not in numbers and numbers[-1] > seen}
+        self.sent = {}
+        self.sent_again.update(missed)
+        return [*missed, *[event for event in queue if event not in known]]
+
+
 class Session:
     """A remote client.  Everything that is not documented here belongs to the core and its lock.
 
@@ -624,10 +661,9 @@ class Session:
         ack: whether delivery is acknowledged.
     """
 
-    __slots__ = ("__weakref__", "ack", "active", "address", "browser", "comment_filtered", "connected", "created",
-                 "crowded", "ended", "flags", "hold", "id", "in_flight", "is_ready", "is_urgent", "lazy_deadline",
-                 "lease", "queue", "reply_number", "sent_again", "stream", "subscriptions",
-                 "timer", "transport", "unacknowledged")
+    __slots__ = ("__weakref__", "_flags", "acknowledgement", "active", "address", "browser", "comment_filtered",
+                 "connected", "created", "crowded", "ended", "hold", "id", "in_flight", "is_ready", "is_urgent",
+                 "lazy_deadline", "lease", "patterns", "queue", "stream", "timer", "transport")
 
     def __init__(self, id: str | None, exchange: Exchange) -> None:
         self.id = id
@@ -635,8 +671,8 @@ class Session:
         self.browser = exchange.browser
         self.transport = exchange.transport
         self.created = time.time()
-        self.flags: dict = {}
-        self.subscriptions: set[str] = set()
+        self._flags: dict | None = None     # few use it, and ten thousand empty ones take 640 KiB
+        self.patterns: dict[str, None] = {}     # subscribed to; in a third of a set's memory
         self.ended: str | None = None
         self.comment_filtered = False
         self.connected = False              # had its first connect answered
@@ -646,10 +682,7 @@ class Session:
         self.is_urgent = False              # the queue is to be delivered now: not all in it is lazy
         self.lazy_deadline = math.inf       # when it is to be delivered, at the latest
         self.in_flight = False
-        self.ack = False
-        self.reply_number = 0               # of its latest reply to a connect, where they are acknowledged
-        self.unacknowledged: dict[Event, tuple[int, ...]] = {}  # with the numbers of the replies that took it
-        self.sent_again: dict[Event, tuple[int, ...]] = {}      # the same of events that are in the queue once more
+        self.acknowledgement: Acknowledgement | None = None
         self.stream: Stream | None = None
         self.hold: Hold | None = None
         self.is_ready = False               # stands in the core's queue of sessions with something to say
@@ -658,6 +691,10 @@ class Session:
 
     def __repr__(self) -> str:
         return f"<Session {self.id} from {self.address}>"
+
+    def __lt__(self, other: Session) -> bool:
+        """Which comes first of two that are to be looked at in the same moment: all the same."""
+        return False
 
     def accept(self, events: list[Event], core: Bayeux) -> None:
         """Queue events of one channel.  Under the lock."""
@@ -672,36 +709,31 @@ class Session:
 
     def forget(self, pattern: str) -> None:
         """The subscription is over.  Under the lock."""
-        self.subscriptions.discard(pattern)
+        self.patterns.pop(pattern, None)
 
     def acknowledge(self, number: Any) -> None:
-        """The client has seen the replies up to number; what later ones took comes first again.  Under the lock.
-
-        A connect may be late: its client has long given it up, and come back.  Its number is old, then, and
-        events leave again that have been seen.  So an event remembers all the replies it left with, and the
-        client has seen it if it names one of them.
-        """
-        seen = number if is_number(number) else 0       # a client may begin with null, 0 or -1
-        known = {event for event, numbers in self.sent_again.items() if seen in numbers}
-        for event in known:
-            del self.sent_again[event]
-        if known:
-            self.queue = [event for event in self.queue if event not in known]
-        missed = {event: numbers for event, numbers in self.unacknowledged.items()
-                  if seen not in numbers and numbers[-1] > seen}
-        self.unacknowledged = {}
-        self.sent_again.update(missed)
-        self.queue[:0] = missed
-        self.is_urgent = bool(missed) or (self.is_urgent and bool(self.queue))
-
-    def take_out(self, event: Event) -> None:
-        """The event leaves with the reply of reply_number, and may have to leave again.  Under the lock."""
-        numbers = self.sent_again.pop(event, ())
-        self.unacknowledged[event] = (*numbers[-9:], self.reply_number)
+        """The client has seen the replies up to number (it may begin with null, 0 or -1).  Under the lock."""
+        waiting = len(self.queue)
+        self.queue = self.acknowledgement.pending(number if is_number(number) else 0, self.queue)
+        self.is_urgent = len(self.queue) > waiting or (self.is_urgent and bool(self.queue))
 
     def end(self, reason: str, core: Bayeux) -> None:
         """Leave the server.  Under the lock."""
         core.end_session(self, reason)
+
+    @property
+    def ack(self) -> bool:
+        return self.acknowledgement is not None
+
+    @property
+    def flags(self) -> dict:
+        if self._flags is None:
+            self._flags = {}
+        return self._flags
+
+    @property
+    def subscriptions(self) -> set[str]:
+        return set(self.patterns)
 
     @property
     def age(self) -> float:
@@ -711,12 +743,12 @@ class Session:
     @property
     def waiting(self) -> int:
         """How many events wait for it, those included that it has not acknowledged."""
-        return len(self.queue) + len(self.unacknowledged)
+        return len(self.queue) + (len(self.acknowledgement.sent) if self.acknowledgement else 0)
 
     @property
     def uses_stream(self) -> bool:
         """With acknowledgement events leave with replies to connects only, whatever the transport."""
-        return self.stream is not None and not self.ack
+        return self.stream is not None and self.acknowledgement is None
 
     @property
     def can_take_events(self) -> bool:
@@ -858,13 +890,12 @@ class Bayeux:
         self.ready: collections.deque[Session] = collections.deque()        # with events, and what can carry them
         self.released: collections.deque[Answer] = collections.deque()      # connects to answer without events
         self.overfull: list[Session | LocalClient] = []                     # with more events than max_queue
-        self.timers: list[tuple[float, int, Session]] = []                  # a heap: when to look at whom
+        self.timers: list[tuple[float, Session]] = []                       # a heap: when to look at whom
         self.mailboxes: list[Mailbox] = []                                  # to be opened
         self.opening: set[int] = set()                                      # threads that run callbacks
         self.scheduled_mailboxes = 0                                        # those, and those being opened
         self.stopping = False
         self._departed: collections.OrderedDict[str, str] = collections.OrderedDict()
-        self._timer_number = 0
         self._run_later = run_later
         self._step_aside = step_aside
         self._delivers_here = delivers_here
@@ -1090,7 +1121,7 @@ class Bayeux:
             session.comment_filtered = turn.exchange.comment_filtered = True
             reply["ext"] = {"json-comment-filtered": True}
         if self.options.ack and ext.get("ack") is True:
-            session.ack = True
+            session.acknowledgement = Acknowledgement()
             reply["ext"] = {**reply.get("ext", {}), "ack": True}
         session.browser = turn.exchange.name_browser()
         with self.lock:
@@ -1162,10 +1193,10 @@ class Bayeux:
                 hold = Hold(session, turn.exchange, text, timesync, self.clock() + patience)
                 session.hold = turn.exchange.hold = hold
                 self._schedule(session)
-            elif session.ack:
-                session.reply_number += 1
+            elif session.acknowledgement:
+                session.acknowledgement.number += 1
                 turn.events = self._take_events(session)
-            number = session.reply_number if session.ack else None
+            number = session.acknowledgement.number if session.acknowledgement else None
             self.make_ready(session)
         turn.connecting = session
         return [] if patience > 0 else self._finish(session, message, reply, number)
@@ -1173,7 +1204,7 @@ class Bayeux:
     def _begin_connect(self, session: Session, message: dict, turn: Turn) -> None:
         """What every connect does: acknowledge, release the older, show where the session's events go from now on."""
         assert self.lock.locked()
-        if session.ack:
+        if session.acknowledgement:
             ext = message.get("ext")
             session.acknowledge(ext.get("ack") if isinstance(ext, dict) else None)
         if session.hold is not None:
@@ -1188,7 +1219,7 @@ class Bayeux:
         was_crowded, session.crowded = session.crowded, self._is_crowded(session, turn)
         if session.crowded:
             return {**self._advice(), "interval": round(MULTIPLE_CLIENTS_INTERVAL * 1000), "multiple-clients": True}
-        if message["connectionType"] == EVENTSOURCE and not session.ack:
+        if message["connectionType"] == EVENTSOURCE and not session.acknowledgement:
             # Its connects carry nothing, and only show that it lives: twice in the life of a session will do.
             interval = max(self.options.interval, min(self.options.timeout, self.options.connect_timeout / 2))
             return {**self._advice(), "interval": round(interval * 1000)}
@@ -1199,7 +1230,7 @@ class Bayeux:
     def _patience(self, session: Session, message: dict, turn: Turn) -> float:
         """How long the connect may be held; a shorter time of the client's is honoured.  (Bayeux, "timeout")"""
         if (not session.connected or turn.is_shared or not turn.exchange.may_hold or self.stopping
-                or (message["connectionType"] == EVENTSOURCE and not session.ack) or session.crowded):
+                or (message["connectionType"] == EVENTSOURCE and not session.acknowledgement) or session.crowded):
             return 0.0
         advice = message.get("advice")
         asked = advice.get("timeout") if isinstance(advice, dict) else None
@@ -1250,7 +1281,7 @@ class Bayeux:
         with self.lock:
             self._require_live(session)
             wanted = [each for each in patterns if not each.startswith(SERVICE)]    # those SHOULD NOT be recorded
-            if len(session.subscriptions.union(wanted)) > self.options.max_subscriptions:
+            if len(session.patterns.keys() | wanted) > self.options.max_subscriptions:
                 raise BayeuxError(429, SUBSCRIBE, f"More than {self.options.max_subscriptions} subscriptions")
             for pattern in wanted:
                 self.add_subscription(session, pattern)
@@ -1283,13 +1314,14 @@ class Bayeux:
 
     @staticmethod
     def require_subscription(subscriber: Session | LocalClient, pattern: str) -> None:
-        if pattern not in subscriber.subscriptions:
+        if pattern not in subscriber.patterns:
             raise BayeuxError(404, pattern, "Not subscribed")
 
     def add_subscription(self, subscriber: Session | LocalClient, pattern: str) -> None:
         assert self.lock.locked()
-        if pattern not in subscriber.subscriptions:
-            subscriber.subscriptions.add(pattern)
+        if pattern not in subscriber.patterns:
+            pattern = sys.intern(pattern)       # or each of its subscribers would keep a text of its own
+            subscriber.patterns[pattern] = None
             self.registry.add(pattern, subscriber)
             self.tell("subscribe", client_id=subscriber.id, channel=pattern)
 
@@ -1443,15 +1475,17 @@ class Bayeux:
             return
         session.ended = reason
         self.sessions.pop(session.id, None)
-        for pattern in session.subscriptions:
+        for pattern in session.patterns:
             self.registry.discard(pattern, session)
-        session.subscriptions = set()
+        session.patterns = {}
         self._departed[session.id] = reason
         if len(self._departed) > REMEMBERED_SESSIONS:
             self._departed.popitem(last=False)
         # What was published just before the server stops leaves with the last that the session gets.
         last_events = session.queue if reason == ENDED_SHUTDOWN and not session.in_flight else []
-        session.queue, session.unacknowledged, session.sent_again = [], {}, {}
+        session.queue = []
+        if session.acknowledgement:
+            session.acknowledgement.sent, session.acknowledgement.sent_again = {}, {}
         if session.hold is not None:
             self._release(session.hold, self._farewell(session, reason))
             self.released[-1].events = last_events
@@ -1501,9 +1535,9 @@ class Bayeux:
         session.lease = self.clock() + self.options.connect_timeout
         reply = with_fields(hold.reply, fields) if fields else hold.reply
         number = None
-        if session.ack:
-            session.reply_number += 1
-            number = session.reply_number
+        if session.acknowledgement:
+            session.acknowledgement.number += 1
+            number = session.acknowledgement.number
         is_plain = hold.timesync is None and number is None and not self.options.timestamp
         late = None if is_plain else partial(self._late_fields, hold.timesync, number)
         return Answer(hold.exchange, [reply], session, late_fields=late)
@@ -1513,12 +1547,12 @@ class Bayeux:
         assert self.lock.locked()
         if session.stream is not stream:
             if session.stream is not None:
-                session.stream.sessions.discard(session)
+                session.stream.sessions.remove(session)
                 if not session.stream.carries_requests:
                     self.released.append(Answer(session.stream, []))    # an event stream is for one session, and ends
             session.stream = stream
             if stream is not None:
-                stream.sessions.add(session)
+                stream.sessions.append(session)
 
     def attach(self, client_id: str, stream: Stream) -> bool:
         """The same from outside: an event stream has been opened for the session.  False: there is none."""
@@ -1550,11 +1584,11 @@ class Bayeux:
             self.ready.append(session)
 
     def take_answers(self, limit: int) -> list[Answer]:
-        """What is to be sent now: all that was released, and the events of sessions in line, up to limit."""
+        """What is to be sent now, up to limit: what was released, and the events of sessions in line."""
         assert self.lock.locked()
-        self._look_at_timers()
-        answers = list(self.released)
-        self.released.clear()
+        self._look_at_timers(limit)
+        room = limit - min(len(self.ready), limit // 2)     # neither waits until there is no more of the other
+        answers = [self.released.popleft() for _ in range(min(room, len(self.released)))]
         while self.ready and len(answers) < limit:
             session = self.ready.popleft()
             session.is_ready = False
@@ -1577,9 +1611,9 @@ class Bayeux:
             return []
         events, session.queue = session.queue[:limit], session.queue[limit:] if limit is not None else []
         session.is_urgent, session.lazy_deadline = bool(session.queue), math.inf
-        if session.ack:
+        if session.acknowledgement:
             for event in events:
-                session.take_out(event)
+                session.acknowledgement.take_out(event)
         else:
             session.in_flight = bool(events)
         return events
@@ -1590,7 +1624,7 @@ class Bayeux:
         session = answer.session
         if session is None or session.ended:
             return
-        if answer.events and not session.ack:
+        if answer.events and not session.acknowledgement:
             session.in_flight = False
             if not is_written:
                 session.queue[:0] = answer.events
@@ -1619,7 +1653,7 @@ class Bayeux:
         """Answer a request at once, with the events of the session whose connect was in it."""
         session = turn.connecting
         answer = Answer(turn.exchange, replies, session, turn.events)
-        if session is not None and not session.ack and not session.uses_stream:
+        if session is not None and not session.acknowledgement and not session.uses_stream:
             with self.lock:
                 answer.events = self._take_events(session)
         is_written = self.send(answer)
@@ -1656,16 +1690,26 @@ class Bayeux:
         deadline = session.deadline
         if deadline is not None and (session.timer is None or deadline < session.timer):
             session.timer = deadline
-            self._timer_number += 1         # so that the heap never compares two sessions
-            heapq.heappush(self.timers, (deadline, self._timer_number, session))
-            if self.timers[0][2] is session:
+            if len(self.timers) > 1.5 * len(self.sessions) + 100:
+                # What ended, or was put in again for an earlier time, must not stay till its time has come: a
+                # hundred thousand handshakes and disconnects would take 100 MiB.
+                self.timers = [entry for entry in self.timers if entry[1].timer == entry[0] and not entry[1].ended]
+                heapq.heapify(self.timers)
+            heapq.heappush(self.timers, (deadline, session))
+            if self.timers[0][1] is session:
                 self.condition.notify_all()
 
-    def _look_at_timers(self) -> None:
-        """Answer the connects that have been held long enough; end the sessions whose lease is over."""
+    def _look_at_timers(self, limit: int) -> None:
+        """Answer the connects that have been held long enough; end the sessions whose lease is over.
+
+        Ten thousand connects that were all answered by one event are all held at the same time, and end so, too;
+        a few at a time, or everybody else waits for them.
+        """
         now = self.clock()
-        while self.timers and self.timers[0][0] <= now:
-            when, _, session = heapq.heappop(self.timers)
+        for _ in range(limit):
+            if not self.timers or self.timers[0][0] > now:
+                return
+            when, session = heapq.heappop(self.timers)
             if session.timer != when:       # an earlier entry replaced this one
                 continue
             session.timer = None
@@ -1829,7 +1873,7 @@ class LocalClient:
                  on_end: Callable[[str], None] | None = None) -> None:
         self._core: Bayeux = (find_server(server) if isinstance(server, str) else server).core
         self.id: str = name if name is not None else "local-" + secrets.token_hex(8)
-        self.subscriptions: set[str] = set()
+        self.patterns: dict[str, None] = {}
         self.ended: str | None = None
         self._on_end = on_end
         self._callbacks: dict[str, Callable[[dict], None]] = {}
@@ -1845,6 +1889,11 @@ class LocalClient:
 
     def __repr__(self) -> str:
         return f"<LocalClient {self.id!r}>"
+
+    @property
+    def subscriptions(self) -> set[str]:
+        """The channels and patterns that it is subscribed to."""
+        return set(self.patterns)
 
     def __enter__(self) -> Any:
         return self
@@ -1913,7 +1962,7 @@ class LocalClient:
 
     def forget(self, pattern: str) -> None:
         """The subscription is over.  Under the lock."""
-        self.subscriptions.discard(pattern)
+        self.patterns.pop(pattern, None)
         self._callbacks.pop(pattern, None)
 
     def end(self, reason: str, core: Bayeux) -> None:
@@ -1922,9 +1971,9 @@ class LocalClient:
             return
         self.ended = reason
         core.local_clients.pop(self.id, None)
-        for pattern in self.subscriptions:
+        for pattern in self.patterns:
             core.registry.discard(pattern, self)
-        self.subscriptions = set()
+        self.patterns = {}
         core.tell("client_disconnect", client_id=self.id, reason=reason)
         if reason != ENDED_SHUTDOWN:
             self._mailbox.items.clear()
@@ -2080,14 +2129,16 @@ class FrameReader:
         max_size: bytes of a message, all its fragments together.
     """
 
+    __slots__ = ("_buffer", "_decoder", "_fragments", "_max_size", "_opcode", "_place", "_size")
+
     def __init__(self, max_size: int) -> None:
         self._max_size = max_size
         self._buffer = b""
         self._place = 0                         # where the next frame begins in it
         self._opcode = CONTINUATION_FRAME       # of the message whose fragments are being read; else this
-        self._fragments: list = []              # text, or bytes
+        self._fragments: list | None = None     # text, or bytes
+        self._decoder: codecs.IncrementalDecoder | None = None      # of its text
         self._size = 0
-        self._decode = codecs.getincrementaldecoder("utf-8")().decode
 
     def feed(self, data: bytes) -> Iterator[tuple[int, Any]]:
         """The messages that data completes, one by one: (opcode, payload).
@@ -2104,9 +2155,12 @@ class FrameReader:
             is_final, opcode, payload = parsed
             if opcode & IS_CONTROL:
                 yield opcode, self._close_payload(payload) if opcode == CLOSE_FRAME else payload
+            elif is_final and opcode != CONTINUATION_FRAME:
+                yield opcode, self._decoded(payload) if opcode == TEXT_FRAME else payload
             elif self._take_fragment(is_final, opcode, payload):
-                message = "".join(self._fragments) if self._opcode == TEXT_FRAME else b"".join(self._fragments)
-                opcode, self._opcode, self._fragments, self._size = self._opcode, CONTINUATION_FRAME, [], 0
+                message = ("" if self._opcode == TEXT_FRAME else b"").join(self._fragments)
+                opcode, self._opcode = self._opcode, CONTINUATION_FRAME
+                self._fragments, self._decoder, self._size = None, None, 0
                 yield opcode, message
 
     def _next_frame(self) -> tuple[bool, int, bytes] | None:
@@ -2145,15 +2199,20 @@ class FrameReader:
 
     def _take_fragment(self, is_final: bool, opcode: int, payload: bytes) -> bool:
         """Keep the fragment; whether the message is complete.  Text is checked at once, within a character too."""
-        self._opcode = opcode or self._opcode
+        if opcode != CONTINUATION_FRAME:
+            self._opcode, self._fragments = opcode, []
+            self._decoder = codecs.getincrementaldecoder("utf-8")() if opcode == TEXT_FRAME else None
         self._size += len(payload)
-        try:
-            part = self._decode(payload, is_final) if self._opcode == TEXT_FRAME else payload
-        except UnicodeDecodeError:
-            raise WebSocketError(BAD_DATA, "a text is not UTF-8") from None
+        part = self._decoded(payload, is_final) if self._decoder else payload
         if part:                                # empty fragments without end must not fill the memory
             self._fragments.append(part)
         return is_final
+
+    def _decoded(self, payload: bytes, is_final: bool = True) -> str:
+        try:
+            return self._decoder.decode(payload, is_final) if self._decoder else payload.decode("utf-8")
+        except UnicodeDecodeError:
+            raise WebSocketError(BAD_DATA, "a text is not UTF-8") from None
 
     @staticmethod
     def _close_payload(payload: bytes) -> tuple[int, str]:
@@ -2256,7 +2315,7 @@ class Connection:
         self.exchange: Any | None = None                    # being answered; a request or fault where it needs none
         self.output: bytes | memoryview = b""               # a view, as bytes would be copied for each part sent
         self.source: FileSource | None = None               # of more output
-        self.when_written: list[tuple[int, Callable[[bool], None]]] = []    # at which byte, whom to tell
+        self.when_written: tuple[tuple[int, Callable[[bool], None]], ...] = ()      # at which byte, whom to tell
         self.written = 0                                    # bytes of output, ever
         self.idle_time: float | None = None                 # after an exchange; None: KEEP_ALIVE
         self.is_handled = False                             # by a thread that does not lead
@@ -2332,7 +2391,7 @@ class Connection:
             self.deadline = time.monotonic() + self.watch.patience
         self.output, self.source = memoryview(bytes(self.output) + data[sent:]), source
         if when_written is not None:
-            self.when_written.append((self.written + len(self.output), when_written))
+            self.when_written += ((self.written + len(self.output), when_written),)
         return None
 
     def write_interim(self, data: bytes) -> None:
@@ -2357,7 +2416,8 @@ class Connection:
                 is_written = False
             written = []
             while self.when_written and self.when_written[0][0] <= self.written:
-                written.append(self.when_written.pop(0)[1])
+                written.append(self.when_written[0][1])
+                self.when_written = self.when_written[1:]
             if is_written:
                 self._finish_exchange()
         for when_written in written:
@@ -2413,7 +2473,7 @@ class Connection:
                 return
             self.is_closed = True
             self.socket.close()
-            lost, self.when_written = self.when_written, []
+            lost, self.when_written = self.when_written, ()
             self._drop_output()
         for _, when_written in lost:
             when_written(False)
@@ -2779,7 +2839,7 @@ def parse_head(text: str) -> Request:
     match = REQUEST_LINE.fullmatch(request_line)
     if match is None:
         raise HTTPFault(400, "Bad request line")
-    version = (int(match[3]), int(match[4]))
+    version = (1, 1) if match[3] == match[4] == "1" else (int(match[3]), int(match[4]))    # one tuple for nearly all
     if version[0] != 1:
         raise HTTPFault(505, "HTTP/1.0 and HTTP/1.1 are spoken here")
     headers: dict[str, str] = {}
@@ -2895,6 +2955,10 @@ class HttpExchange(Exchange):
     @property
     def browser(self) -> str | None:
         return browser_of(self._cookie) or self._new_browser
+
+    def forget_cookie(self) -> None:
+        """While a connect is held nobody asks for it, and it takes as much memory as all the rest of the exchange."""
+        self._cookie = None
 
     def name_browser(self) -> str:
         """(Bayeux, "Server-side Multiple clients detection")"""
@@ -3342,6 +3406,7 @@ class HttpTransport:
         self._begin_request(exchange, messages)
         connection.exchange = exchange
         self.core.receive(messages, exchange)
+        exchange.forget_cookie()
 
     @staticmethod
     def _callback(request: Request) -> str | None:
@@ -3819,7 +3884,7 @@ class Options:
 
     # Limits
     client_max_connections: int = option(10, whole(0), "Bayeux requests open at once from one address; 0: no limit")
-    max_sessions: int = option(10_000, whole(1), "sessions at once")
+    max_sessions: int = option(20_000, whole(1), "sessions at once")
     max_sessions_per_browser: int = option(
         0, whole(0), "held connects of one browser, by its cookie; further sessions are told to poll; 0: no limit")
     max_subscriptions: int = option(1000, whole(1), "subscriptions of one session")
@@ -3930,7 +3995,7 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         """What the leader does before it looks for more to read; whether there is more to deliver."""
         if self.core.ready or self.core.released:
             self._wait.deliver(ROUNDS_AT_ONCE)
-        return bool(self.core.ready)
+        return bool(self.core.ready or self.core.released)
 
     def _open_log(self) -> logging.Handler | None:
         if self.options.debug:
@@ -4121,7 +4186,7 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         if self._tls is not None:
             request = self._tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
             kind = TLSConnection
-        self.watch.adopt(kind(request, client_address[0], self.watch, self.http))
+        self.watch.adopt(kind(request, sys.intern(client_address[0]), self.watch, self.http))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         self.logger.info("a connection from %s failed: %s", client_address[0], sys.exc_info()[1])
@@ -4228,7 +4293,7 @@ def make_parser() -> argparse.ArgumentParser:
                     "Serves the files of a folder beside it.",
         epilog="example: python bayeux_server.py --port 8080 --docroot .    then open http://127.0.0.1:8080/")
     parser.add_argument("--version", action="version", version=f"bayeux_server {__version__} (Bayeux {VERSION})")
-    parser.add_argument("--bare", action="store_true", help="without what the demo page talks to: its services and the bot")
+    parser.add_argument("--bare", action="store_true", help="without the services and the bot of the demo page")
     group: Any = parser
     for row in dataclasses.fields(Options):
         if row.name in HELP_GROUPS:
@@ -4283,6 +4348,16 @@ def start_text(server: BayeuxServer, is_bare: bool) -> str:
     return "\n".join([*lines, "Ctrl-C stops it."])
 
 
+def raise_file_limit() -> None:
+    """Every client takes a file descriptor, and most systems give a program 1,024 until it asks for more."""
+    try:
+        import resource
+        hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
+    except (ImportError, OSError, ValueError):
+        pass                            # Windows has no such limit; macOS does not let everybody raise it so far
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a server until SIGINT or SIGTERM.  Returns the exit status: 0, 1 (cannot listen); 2 is argparse's."""
     parser = make_parser()
@@ -4301,6 +4376,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if not is_bare:
         Demo(server)
+    raise_file_limit()
     requests_to_stop: queue.SimpleQueue = queue.SimpleQueue()   # an Event's lock could be held by who is interrupted
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: requests_to_stop.put(number))

@@ -1001,6 +1001,42 @@ class TestSessions:
         assert not core.core.sessions and not core.core.registry._subscribers
         assert core.told_of("client_disconnect") == [{"client_id": client_id, "reason": "timeout"}]
 
+    def test_ended_sessions_take_no_memory_until_their_time_would_have_come(self, core):
+        """Issue 5: whoever can shake hands could fill it, whatever max_sessions says."""
+        for _ in range(1000):
+            core.ask({"channel": "/meta/disconnect", "clientId": core.handshake(connect=False)})
+        assert len(core.core.timers) <= 102
+
+    def test_sessions_are_looked_at_in_time_though_the_ended_have_gone(self):
+        core = CorePeer(connect_timeout=100)
+        lasting = [core.handshake() for _ in range(10)]
+        held = [core.hold(client_id) for client_id in lasting[:5]]
+        for _ in range(1000):
+            core.ask({"channel": "/meta/disconnect", "clientId": core.handshake(connect=False)})
+        core.pass_time(31)
+        assert all(exchange.answer for exchange in held)
+        core.pass_time(70)
+        assert set(core.core.sessions) == set(lasting[:5])
+        core.pass_time(31)
+        assert not core.core.sessions
+
+    def test_many_connects_that_end_together_hold_nobody_up(self, core):
+        """Issue 5: an event to ten thousand makes their next connects end in the same moment, too."""
+        held = [core.hold(core.handshake()) for _ in range(200)]
+        talker = core.handshake()
+        core.subscribe(talker, "/a")
+        core.clock.advance(15)
+        waiting = core.hold(talker)
+        core.clock.advance(16)
+        core.publish(talker, "/a", "now")
+        with core.core.lock:
+            answers = core.core.take_answers(32)
+        assert len(answers) == 32 and waiting in [answer.exchange for answer in answers]
+        for answer in answers:
+            core.core.settle_later(answer, answer.exchange.send(answer))
+        core.work()
+        assert all(exchange.answer for exchange in held)
+
     def test_a_session_that_never_connects_ends_too(self):
         """C5"""
         core = CorePeer(connect_timeout=100)
@@ -1122,7 +1158,7 @@ class TestSessions:
         core.subscribe(client_id, "/b")
         core.ask({"channel": "/a", "data": "before the subscription", **mine},
                  {"channel": "/meta/subscribe", "subscription": "/a", **mine},
-                 *[{"channel": channel, "data": number, **mine} for number, channel in enumerate("/a /a /b /a".split())],
+                 *[{"channel": channel, "data": number, **mine} for number, channel in enumerate(["/a", "/a", "/b", "/a"])],
                  {"channel": "/meta/unsubscribe", "subscription": "/a", **mine},
                  {"channel": "/a", "data": "after it", **mine}, {"channel": "/b", "data": 4, **mine})
         assert [(event["channel"], event["data"]) for event in core.events(client_id)] == [
@@ -4021,7 +4057,7 @@ class TestFrames:
     def test_empty_fragments_do_not_fill_memory(self):
         reader = bayeux_server.FrameReader(100)
         list(reader.feed(masked(TEXT_FRAME, is_final=False) + masked(0, is_final=False) * 1000))
-        kept = [value for value in vars(reader).values() if isinstance(value, list)]
+        kept = [value for value in (getattr(reader, name) for name in reader.__slots__) if isinstance(value, list)]
         assert sum(len(value) for value in kept) < 10
         assert list(reader.feed(masked(0, b"end"))) == [(TEXT_FRAME, "end")]
 
@@ -7941,7 +7977,7 @@ class TestCommandLine:
 
     def test_the_start_says_what_a_newcomer_wants_to_know(self, program):
         for fact in (f"open {program.root}/", f"{program.root}/cometd", "long-polling, callback-polling", str(HERE),
-                     "clients after their handshake", "own pages", "10 requests at once", "10000 sessions",
+                     "clients after their handshake", "own pages", "10 requests at once", "20000 sessions",
                      "10000 waiting events", "65536 bytes a message", "/service/echo, /service/members, /service/magnets",
                      "/chat/demo", "Ctrl-C"):
             assert fact in program.text
@@ -8071,6 +8107,17 @@ class TestCommandLine:
             wait_until(lambda: len(peer.ask("/service/magnets")["data"]["magnets"]) == 2
                        and peer.ask("/service/magnets")["data"]["magnets"][-1]["magnet"] == 3, "the board")
             assert peer.ask("/service/magnets")["data"] == {"magnets": [at(4, 0.25, 1), at(3, 0.75, 0.5)]}
+
+    def test_as_many_clients_may_connect_as_the_system_lets_it_have(self):
+        resource = pytest.importorskip("resource")
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] > 300
+        command = ["sh", "-c", 'ulimit -S -n 64 && exec "$@"', "sh", sys.executable, str(HERE / "bayeux_server.py"),
+                   "--port", "0", "--client-max-connections", "0"]
+        with Program(command=command) as program:
+            peers = [Peer(program) for _ in range(100)]
+            assert len({peer.id for peer in peers}) == 100
+            for peer in peers:
+                peer.close()
 
     def test_bare_has_no_demo(self):
         with Program("--bare") as program, Peer(program) as peer:
