@@ -759,7 +759,9 @@ class Session:
         """When something must be done about it: its queue delivered, its connect answered, or itself ended."""
         if self.ended:
             return None
-        lazy_deadline = self.lazy_deadline if self.can_take_events else math.inf
+        lazy_deadline = self.lazy_deadline
+        if lazy_deadline != math.inf and not self.can_take_events:
+            lazy_deadline = math.inf
         if self.hold is not None:
             return min(self.hold.deadline, lazy_deadline)
         return None if self.in_flight else min(self.lease, lazy_deadline)
@@ -853,9 +855,9 @@ class Turn:
 
     __slots__ = ("connecting", "events", "exchange", "is_shared", "published")
 
-    def __init__(self, exchange: Exchange, is_shared: bool) -> None:
+    def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
-        self.is_shared = is_shared                      # the request has more than one message
+        self.is_shared = False                          # the request has more than one message
         self.connecting: Session | None = None          # whose events go with the answer
         self.events: list[Event] = []                   # those, where they have been taken already
         self.published: list[Event] = []                # on one channel, one after another, and not yet queued
@@ -920,21 +922,23 @@ class Bayeux:
         """
         if self.logger.isEnabledFor(logging.DEBUG):
             self.logger.debug("from %s: %.1000s", exchange.address, messages)
-        channels = [each.get("channel") if isinstance(each, dict) else None for each in messages]
-        if HANDSHAKE in channels:
-            messages = [messages[channels.index(HANDSHAKE)]]
-        turn = Turn(exchange, is_shared=len(messages) > 1)
-        replies: list[list[str]] = [[]] * len(messages)
-        places: Iterable[int] = range(len(messages))
-        if CONNECT in channels[1:]:
-            places = sorted(places, key=lambda place: channels[place] != CONNECT)
-        for place in places:
-            replies[place] = self._replies_to(messages[place], turn)
+        turn = Turn(exchange)
+        texts = self._replies_to_all(messages, turn) if len(messages) > 1 else self._replies_to(messages[0], turn)
         self._deliver_published(turn)
         self.wake()
-        texts = [text for each in replies for text in each]
         if texts:                           # none: its connect is held, and the exchange now the wait's
             self._answer(turn, texts)
+
+    def _replies_to_all(self, messages: list, turn: Turn) -> list[str]:
+        """Handle several messages.  The texts of their replies, in their order."""
+        channels = [each.get("channel") if isinstance(each, dict) else None for each in messages]
+        if HANDSHAKE in channels:
+            return self._replies_to(messages[channels.index(HANDSHAKE)], turn)
+        turn.is_shared = True
+        replies: list[list[str]] = [[]] * len(messages)
+        for place in sorted(range(len(messages)), key=lambda place: channels[place] != CONNECT):
+            replies[place] = self._replies_to(messages[place], turn)
+        return [text for each in replies for text in each]
 
     def _replies_to(self, message: Any, turn: Turn) -> list[str]:
         """Handle one message.  The texts of its replies: one; several of some services; none if it is held."""
