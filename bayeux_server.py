@@ -25,8 +25,8 @@ The way of one event, from the publisher's request to the subscriber's held one:
     connection --> handler thread --> core --> session's queue               |
     (§9)           reads HTTP (§10)   (§5)     (§4)   |                      |
                                                       v                      v
-                                       long-poll wait (§7) --> the held /meta/connect (§9, §10),
-                                                               or its WebSocket or event stream
+                                       delivery (§7) --> the held /meta/connect (§9, §10),
+                                                         or its WebSocket or event stream
 
 Contents.  A section uses only what stands above it.
 
@@ -36,12 +36,12 @@ Contents.  A section uses only what stands above it.
     §4  Sessions              a remote client as the server sees it; its queue, its held connect
     §5  The protocol          handshake, connect, subscribe, publish, services, extensions
     §6  Local clients         publishing and subscribing inside this process
-    §7  The long-poll wait    one thread on one Condition: the way out for events
+    §7  The long-poll wait    the way out for events; one thread on one Condition
     §8  WebSocket frames      the codec of RFC 6455
     §9  Connections           sockets parked without a thread, woken by bytes
     §10 HTTP transport        requests, long-polling, callback-polling, WebSocket, event streams, files
     §11 The server            options, BayeuxServer
-    §12 Command line          arguments, logging, signals, the two demo parts
+    §12 Command line          arguments, logging, signals; what the demo page talks to
 
 What it does not do: keep messages (an event goes to who is subscribed now), run on several
 machines, speak HTTP/2, compress, or authenticate for you (see ``message_acl`` for where that goes).
@@ -149,7 +149,8 @@ RECEIVE_SIZE = 64 * 1024                # bytes read from a socket, or from a fi
 REQUESTS_AT_ONCE = 16                   # of one connection, before others have their turn
 PARTS_AT_ONCE = 16                      # of one large output, likewise
 ANSWERS_AT_ONCE = 32                    # connects answered between two looks at the queues
-ROUNDS_AT_ONCE = 8                      # such looks, before the leader reads on
+ROUNDS_AT_ONCE = 8                      # such looks, before more is read
+FEW_SESSIONS = 8                        # whose events leave before the publisher's reply; those of more, behind it
 LONGEST_WAIT = 3600.0                   # seconds that a thread sleeps at once; Condition.wait bears no 300 years
 
 # What the application's code may raise.  sys.exit() in it ends no thread of ours.
@@ -871,14 +872,14 @@ class Bayeux:
         logger: one line for each refusal goes here.
         run_later: runs a function on another thread, soon; here, if there are no threads (tests).
         step_aside: called before the application's code, which may take its time, runs on this thread.
-        delivers_here: whether this thread delivers what is ready before it sleeps; else the wait is woken for it.
+        deliver_here: has this thread deliver what is ready, now or before it sleeps, if it does so; else the wait is woken.
         clock: seconds that only ever grow.
     """
 
     def __init__(self, options: Options, logger: logging.Logger | None = None,
                  run_later: Callable[[Callable], None] = lambda job: job(),
                  step_aside: Callable[[], None] = lambda: None,
-                 delivers_here: Callable[[], bool] = lambda: False,
+                 deliver_here: Callable[[], bool] = lambda: False,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.options = options
         self.logger = logger or logging.getLogger("bayeux_server")
@@ -900,7 +901,7 @@ class Bayeux:
         self._departed: collections.OrderedDict[str, str] = collections.OrderedDict()
         self._run_later = run_later
         self._step_aside = step_aside
-        self._delivers_here = delivers_here
+        self._deliver_here = deliver_here
         self._listeners: dict[str, list[Callable]] = {event: [] for event in EVENTS}
         if options.callback:
             self.add_listener(options.callback)
@@ -1745,7 +1746,7 @@ class Bayeux:
         """Set to work what was made ready: the wait, and the mailboxes.  Without the lock."""
         if not (self.ready or self.released or self.mailboxes):
             return                          # who adds something after this look calls wake, too
-        is_delivered_here = self._delivers_here()
+        is_delivered_here = self._deliver_here()
         if is_delivered_here and not self.mailboxes:
             return
         with self.lock:
@@ -2006,8 +2007,13 @@ class LocalClient:
 # One thread waits, on one Condition, for all sessions together: for those that have something to
 # say and what can carry it, and for the nearest deadline.  (A thread for each held connect costs three
 # times the time and twenty times the memory: every wake-up hands the interpreter's lock round
-# a thousand threads.)  It takes a few answers under the lock, sends them without it, and
-# settles them when it takes the next.  What piled up meanwhile leaves together.
+# a thousand threads.)
+#
+# Delivering is the same whoever does it: take a few answers under the lock, send them without
+# it, settle them while taking the next.  What piled up meanwhile leaves together.  The thread that
+# has just read a publish (the leader, §9) delivers itself before it sleeps, which spares two
+# hand-overs of the interpreter's lock a delivery; the wait delivers what comes from other
+# threads, or with time.
 # ======================================================================================
 
 class LongPollWait(threading.Thread):
@@ -2034,7 +2040,7 @@ class LongPollWait(threading.Thread):
         return True
 
     def deliver(self, rounds: int | None = None) -> None:
-        """Send what is ready, on whatever thread this is: all of it, or that of so many looks at the queues."""
+        """Send what is ready, on this thread, whichever it is: all of it, or that of so many looks at the queues."""
         core, sent = self._core, []
         for _ in range(rounds) if rounds else itertools.count():
             with core.lock:
@@ -2237,8 +2243,8 @@ class FrameReader:
 #
 # A connection costs no thread while nothing happens on it: it is *parked* in a selector.
 # The handler threads take turns at watching the selector.  The one whose turn it is, the
-# leader, reads what came, handles it and answers, and goes on watching: no hand-over, no
-# system call but the reading and the writing.  Only where the application's code, or a file,
+# leader, reads what came, handles it and answers, delivers what was published (§7), and goes
+# on watching: no hand-over, no system call but the reading and the writing.  Only where the application's code, or a file,
 # may take its time it steps aside first, and another thread leads ("Leader/Followers",
 # Schmidt and others, 2000).
 #
@@ -3978,25 +3984,26 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         super().__init__((options.host, options.port), FileHandler)
         self._log_handler = self._open_log()
         self.socket.setblocking(False)
-        self.watch = Watch(self.socket, self._handle_request_noblock, self._deliver, self._handler_threads,
-                           options.request_timeout, self.logger)
+        self.watch = Watch(self.socket, self._handle_request_noblock, self._deliver_before_reading,
+                           self._handler_threads, options.request_timeout, self.logger)
         self.core = Bayeux(options, self.logger, self._handler_threads.run, self.watch.step_aside,
-                           self._delivers_here)
+                           self._deliver_here)
         self.http = HttpTransport(options, self.core, self.watch, self.logger)
         self._wait = LongPollWait(self.core)
         self._state = threading.Lock()
         self._has_started = self._has_stopped = False
         live_servers.add(self)
 
-    def _delivers_here(self) -> bool:
+    def _deliver_here(self) -> bool:
+        """Called where something was published: does this thread deliver it?  To a few it goes before the reply."""
         if not self.watch.is_led_here():
             return False
-        if len(self.core.ready) <= 8:
+        if len(self.core.ready) <= FEW_SESSIONS:
             self._wait.deliver(1)
         return True
 
-    def _deliver(self) -> bool:
-        """What the leader does before it looks for more to read; whether there is more to deliver."""
+    def _deliver_before_reading(self) -> bool:
+        """What the leader does between reading and reading; whether there is more to deliver."""
         if self.core.ready or self.core.released:
             self._wait.deliver(ROUNDS_AT_ONCE)
         return bool(self.core.ready or self.core.released)
