@@ -217,16 +217,23 @@ class ChannelRegistry:
 
     def __init__(self) -> None:
         self._subscribers: dict[str, set] = {}
+        self._patterns: dict[str, str] = {}
 
-    def add(self, pattern: str, subscriber: Any) -> None:
+    def add(self, pattern: str, subscriber: Any) -> str:
+        """The pattern comes back as one text for all its subscribers; that of each message would be another.
+
+        (sys.intern would do the same, but CPython 3.12 never forgets what it was given.)
+        """
+        pattern = self._patterns.setdefault(pattern, pattern)
         self._subscribers.setdefault(pattern, set()).add(subscriber)
+        return pattern
 
     def discard(self, pattern: str, subscriber: Any) -> None:
         subscribers = self._subscribers.get(pattern)
         if subscribers is not None:
             subscribers.discard(subscriber)
             if not subscribers:
-                del self._subscribers[pattern]
+                del self._subscribers[pattern], self._patterns[pattern]
 
     def subscribers(self, name: str) -> Iterable:
         """The subscribers of the channel, each once, however many of its patterns match."""
@@ -1325,9 +1332,7 @@ class Bayeux:
     def add_subscription(self, subscriber: Session | LocalClient, pattern: str) -> None:
         assert self.lock.locked()
         if pattern not in subscriber.patterns:
-            pattern = sys.intern(pattern)       # or each of its subscribers would keep a text of its own
-            subscriber.patterns[pattern] = None
-            self.registry.add(pattern, subscriber)
+            subscriber.patterns[self.registry.add(pattern, subscriber)] = None
             self.tell("subscribe", client_id=subscriber.id, channel=pattern)
 
     def remove_subscription(self, subscriber: Session | LocalClient, pattern: str) -> None:
@@ -4197,7 +4202,7 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         if self._tls is not None:
             request = self._tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
             kind = TLSConnection
-        self.watch.adopt(kind(request, sys.intern(client_address[0]), self.watch, self.http))
+        self.watch.adopt(kind(request, client_address[0], self.watch, self.http))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         self.logger.info("a connection from %s failed: %s", client_address[0], sys.exc_info()[1])
@@ -4248,7 +4253,9 @@ class Demo:
         is_talk = isinstance(data, dict) and isinstance(data.get("chat"), str) and not (
             data.get("join") or data.get("leave"))
         if is_talk and message.get("clientId") != self.bot.id:
-            text = f"I heard {data.get('user', 'somebody')} say: {data['chat'][:200]}"
+            user = data.get("user")
+            name = user[:self.LONGEST_NAME] if isinstance(user, str) else "somebody"
+            text = f"I heard {name} say: {data['chat'][:200]}"
             self.bot.publish("/chat/demo", {"user": "autobot", "chat": text})
 
     def come_or_go(self, message: dict) -> dict:

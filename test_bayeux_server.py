@@ -12,9 +12,11 @@ E extensions).  An error that the server logs and no test expects fails that tes
 from __future__ import annotations
 
 import ast
+import base64
 import concurrent.futures
 import dataclasses
 import email.utils
+import hashlib
 import http.client
 import json
 import logging
@@ -665,7 +667,14 @@ class TestChannels:
         registry.discard("/b", "second")
         assert set(registry.subscribers("/a")) == {"second"}
         registry.discard("/a", "second")
-        assert not registry._subscribers
+        assert not registry._subscribers and not registry._patterns
+
+    def test_a_pattern_is_one_text_for_all_its_subscribers(self, core):
+        """Issue 5: each of ten thousand clients would keep its own."""
+        clients = [core.handshake() for _ in range(3)]
+        for client_id in clients:
+            core.subscribe(client_id, *json.loads('["/chat/*"]'))
+        assert len({id(pattern) for session in core.core.sessions.values() for pattern in session.patterns}) == 1
 
     def test_a_name_longer_than_the_limit_is_refused(self, core):
         """N1: a name of n segments costs n look-ups, so there is a bound."""
@@ -8080,6 +8089,15 @@ class TestCommandLine:
             while "I heard anna say: still there?" not in texts:
                 texts += [event["data"].get("chat") for event in peer.connect()[1:]]
 
+    @pytest.mark.parametrize(("user", "name"), [("x" * 60_000, "x" * 40), (["anna"] * 1000, "somebody")])
+    def test_the_bot_says_no_more_of_a_name_than_fits(self, program, user, name):
+        with Peer(program) as peer:
+            peer.subscribe("/chat/demo")
+            peer.publish("/chat/demo", {"user": user, "chat": "Hello"})
+            texts = []
+            while f"I heard {name} say: Hello" not in texts:
+                texts += [event["data"].get("chat") for event in peer.connect()[1:]]
+
     def test_members_come_and_go(self):
         with Program() as program, Peer(program) as anna, Peer(program) as bob:
             anna.subscribe("/chat/*")
@@ -8203,6 +8221,49 @@ class TestCommandLine:
 
 
 # ======================================================================================
+# The page
+# ======================================================================================
+
+PAGE = (HERE / "index.html").read_bytes().decode("utf-8")
+
+
+def parts_of_page(tag):
+    """What stands between the tags of each such element."""
+    return re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", PAGE, re.DOTALL)
+
+
+class TestPage:
+    """index.html, as far as it can be judged without a browser; .ci/page uses it in one."""
+
+    @pytest.mark.parametrize("tag", ["script", "style"])
+    def test_its_policy_names_its_own_scripts_and_style_and_no_others(self, tag):
+        """After an edit of one, this says the hash that belongs into the policy."""
+        policy = re.search(r'Content-Security-Policy" content="([^"]*)"', PAGE)[1]
+        directive, = [each.split() for each in policy.split(";") if each.strip().startswith(f"{tag}-src")]
+        hashes = [base64.b64encode(hashlib.sha256(each.encode()).digest()).decode() for each in parts_of_page(tag)]
+        assert [source for source in directive[1:] if source != "'self'"] == [f"'sha256-{each}'" for each in hashes]
+        assert "default-src 'none'" in policy and "unsafe" not in policy
+
+    def test_its_client_can_be_copied_by_itself(self):
+        client, = re.findall(r'<script id="client">\n(.*?)</script>', PAGE, re.DOTALL)
+        assert client.count("\n") <= 250
+        assert not re.search(r"querySelector|getElementById|\bpage\.", client)
+
+    def test_what_others_wrote_is_only_ever_text(self):
+        scripts = "".join(parts_of_page("script"))
+        assert not re.search(r"(inner|outer)HTML|AdjacentHTML|document\.write|\beval\(|new Function|srcdoc", scripts)
+        markup = re.sub(r"<(script|style)\b.*?</\1>", "", PAGE, flags=re.DOTALL)
+        assert not re.search(r"<[^>]*\s(on[a-z]+|style)\s*=", markup)
+
+    def test_it_asks_no_other_host(self):
+        """The one address in it is a link to the specification."""
+        markup = re.sub(r"<script\b.*?</script>", "", PAGE, flags=re.DOTALL)
+        assert not re.search(r"\b(src|href|action)=[\"']?(?!data:|#)[a-z/]", markup)
+        addresses = set(re.findall(r"https?://[^/\s`'\"]+", PAGE))
+        assert addresses <= {"https://docs.cometd.org", "http://www.w3.org"}
+
+
+# ======================================================================================
 # README
 # ======================================================================================
 
@@ -8251,7 +8312,7 @@ class TestReadme:
             kinds[next(kind for kind in kinds if kind in block)] += 1
         assert kinds == {"curl -s localhost:8080": 6, "python bayeux_server.py": 2, "python -m pytest": 1,
                          "benchmark.py": 1}
-        assert len(readme_blocks("python")) == 3 and len(re.findall("^```", README, re.MULTILINE)) == 2 * (10 + 3 + 7)
+        assert len(readme_blocks("python")) == 3 and len(re.findall("^```", README, re.MULTILINE)) == 2 * (10 + 3 + 7 + 1)
 
     def test_its_figures_can_be_measured(self):
         """Not these figures, but the same lines; and held connects need no threads."""
@@ -8415,6 +8476,12 @@ class TestReadme:
     def test_its_numbers_are_those_of_the_server(self):
         assert f"`max_queue` ({bayeux_server.Options().max_queue:,})" in README
         assert "Python 3.9 or newer" in README
+
+    def test_its_lines_of_html_are_those_of_the_client_itself(self):
+        """.ci/page runs them."""
+        block, = readme_blocks("html")
+        lines = [line.strip() for line in block.splitlines() if "script>" not in line]
+        assert lines == [line[2:].strip() for line in parts_of_page("script")[1].splitlines()[3:3 + len(lines)]]
 
     def test_its_links_lead_to_files(self):
         links = re.findall(r"\]\(([^)]+)\)", README)
