@@ -87,9 +87,9 @@ import threading
 import time
 import urllib.parse
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
@@ -491,6 +491,24 @@ class Event:
                 "ext": message.get("ext")}
 
 
+class Parcel(tuple):
+    """Events that were published together on one channel.
+
+    Most subscribers of a channel get the same events in the same answer, and nothing else with them.  What these
+    answers have in common is made once, not once for each.
+    """
+
+    @cached_property
+    def text(self) -> str:
+        """The JSON of all, with commas between."""
+        return ",".join([event.text for event in self])
+
+    @cached_property
+    def packets(self) -> dict[type, bytes]:
+        """By kind of stream: the bytes that carry just these events."""
+        return {}
+
+
 # ======================================================================================
 # §4  Sessions
 #
@@ -615,7 +633,8 @@ class Answer:
         replies = self.replies
         if self.late_fields is not None:
             replies = [with_fields(replies[0], self.late_fields())]
-        return "[{}]".format(",".join([*replies, *[event.text for event in self.events]]))
+        texts = [self.events.text] if isinstance(self.events, Parcel) else [event.text for event in self.events]
+        return "[{}]".format(",".join([*replies, *texts]))
 
 
 class Acknowledgement:
@@ -639,7 +658,7 @@ class Acknowledgement:
         numbers = self.sent_again.pop(event, ())
         self.sent[event] = (*numbers[-9:], self.number)
 
-    def pending(self, seen: float, queue: list[Event]) -> list[Event]:
+    def pending(self, seen: float, queue: Sequence[Event]) -> list[Event]:
         """The queue as it is once the client has named the last reply that it saw; what later ones took comes first.
 
         A connect may be late: its client has long given it up, and come back.  Its number is old, then, and
@@ -686,7 +705,7 @@ class Session:
         self.connected = False              # had its first connect answered
         self.crowded = False                # was told of multiple clients in its browser
         self.active = 0.0                   # when it last sent something else than a connect
-        self.queue: list[Event] = []
+        self.queue: Sequence[Event] = ()    # a Parcel, shared with others, or a list of its own
         self.is_urgent = False              # the queue is to be delivered now: not all in it is lazy
         self.lazy_deadline = math.inf       # when it is to be delivered, at the latest
         self.in_flight = False
@@ -704,9 +723,14 @@ class Session:
         """Which comes first of two that are to be looked at in the same moment: all the same."""
         return False
 
-    def accept(self, events: list[Event], core: Bayeux) -> None:
+    def accept(self, events: Sequence[Event], core: Bayeux) -> None:
         """Queue events of one channel.  Under the lock."""
-        self.queue += events
+        if not self.queue:
+            self.queue = events
+        elif isinstance(self.queue, list):
+            self.queue += events
+        else:
+            self.queue = [*self.queue, *events]
         if self.waiting > core.options.max_queue:
             core.overfull.append(self)
         elif events[0].is_lazy:
@@ -867,7 +891,7 @@ class Turn:
         self.exchange = exchange
         self.is_shared = False                          # the request has more than one message
         self.connecting: Session | None = None          # whose events go with the answer
-        self.events: list[Event] = []                   # those, where they have been taken already
+        self.events: Sequence[Event] = ()               # those, where they have been taken already
         self.published: list[Event] = []                # on one channel, one after another, and not yet queued
 
 
@@ -1389,10 +1413,10 @@ class Bayeux:
     def _deliver_published(self, turn: Turn) -> None:
         """Queue what the request has published.  Ten events in a batch ask for the subscribers once, not ten times."""
         if turn.published:
-            events, turn.published = turn.published, []
+            events, turn.published = Parcel(turn.published), []
             self._deliver(events)
 
-    def _deliver(self, events: list[Event]) -> None:
+    def _deliver(self, events: Parcel) -> None:
         """Queue the events, all of one channel, for its subscribers.  Overlapping subscriptions deliver one copy."""
         notices = [event.notice() for event in events] if self._listeners["publish"] else ()
         own_events = [each for event in events for each in self._own_events(event)] if self._outgoing else None
@@ -1403,7 +1427,7 @@ class Bayeux:
             else:
                 for subscriber, own_event in own_events:
                     if own_event is not None and not subscriber.ended:
-                        subscriber.accept([own_event], self)
+                        subscriber.accept((own_event,), self)
             self._end_overfull()
             for notice in notices:
                 self.tell("publish", **notice)
@@ -1492,8 +1516,8 @@ class Bayeux:
         if len(self._departed) > REMEMBERED_SESSIONS:
             self._departed.popitem(last=False)
         # What was published just before the server stops leaves with the last that the session gets.
-        last_events = session.queue if reason == ENDED_SHUTDOWN and not session.in_flight else []
-        session.queue = []
+        last_events = session.queue if reason == ENDED_SHUTDOWN and not session.in_flight else ()
+        session.queue = ()
         if session.acknowledgement:
             session.acknowledgement.sent, session.acknowledgement.sent_again = {}, {}
         if session.hold is not None:
@@ -1615,11 +1639,13 @@ class Bayeux:
         return answer
 
     @staticmethod
-    def _take_events(session: Session, limit: int | None = None) -> list[Event]:
+    def _take_events(session: Session, limit: int | None = None) -> Sequence[Event]:
         """The session's next events; none while others of it are in flight."""
         if session.in_flight:
-            return []
-        events, session.queue = session.queue[:limit], session.queue[limit:] if limit is not None else []
+            return ()
+        events, session.queue = session.queue, ()
+        if limit is not None and len(events) > limit:
+            events, session.queue = events[:limit], events[limit:]
         session.is_urgent, session.lazy_deadline = bool(session.queue), math.inf
         if session.acknowledgement:
             for event in events:
@@ -1637,7 +1663,7 @@ class Bayeux:
         if answer.events and not session.acknowledgement:
             session.in_flight = False
             if not is_written:
-                session.queue[:0] = answer.events
+                session.queue = [*answer.events, *session.queue]
                 session.is_urgent = True
         if answer.replies:              # a connect's; written or lost, now it is the client's turn
             session.lease = self.clock() + self.options.connect_timeout
@@ -1815,7 +1841,7 @@ class Bayeux:
     def publish(self, channel: str, data: Any, client_id: str | None = None, id: Any = None,
                 ext: dict | None = None) -> None:
         self.require_broadcast(channel, is_channel_name(channel))
-        self._deliver([self._event(channel, data, client_id, id, ext)])
+        self._deliver(Parcel([self._event(channel, data, client_id, id, ext)]))
         self.wake()
 
     def client_push(self, client_id: str, channel: str, data: Any = None, **extra: Any) -> None:
@@ -1827,7 +1853,7 @@ class Bayeux:
         own_event = self._own_event(subscriber, event)
         with self.lock:
             if own_event is not None and not subscriber.ended:
-                subscriber.accept([own_event], self)
+                subscriber.accept((own_event,), self)
             self._end_overfull()
             self.tell("client_push", client_id=client_id, channel=channel, data=data, **extra)
         self.wake()
@@ -1962,7 +1988,7 @@ class LocalClient:
 
     # The core's side, the same as a session's.
 
-    def accept(self, events: list[Event], core: Bayeux) -> None:
+    def accept(self, events: Sequence[Event], core: Bayeux) -> None:
         """Take events for the callbacks.  Under the lock."""
         if self._callbacks:
             for event in events:
@@ -3019,13 +3045,21 @@ class HttpStream(Stream):
         self._http.end_request(self)
 
     def send(self, answer: Answer) -> bool | None:
-        batch = answer.batch()
-        self._http.logger.debug("to %s: %.1000s", self.address, batch)
-        is_written = self._connection.push(self._packed(batch.encode("utf-8")),
+        if self._http.logger.isEnabledFor(logging.DEBUG):
+            self._http.logger.debug("to %s: %.1000s", self.address, answer.batch())
+        is_written = self._connection.push(self._packet(answer),
                                            when_written=partial(self._http.core.settle_later, answer))
         if is_written is False:                 # it is closing: its sessions must find another way
             self._http.core.detach(self)
         return is_written
+
+    def _packet(self, answer: Answer) -> bytes:
+        if answer.replies or not isinstance(answer.events, Parcel):
+            return self._packed(answer.batch().encode("utf-8"))
+        packets, kind = answer.events.packets, type(self)
+        if kind not in packets:
+            packets[kind] = self._packed(answer.batch().encode("utf-8"))
+        return packets[kind]
 
 
 class EventStream(HttpStream):

@@ -978,6 +978,23 @@ class TestMessages:
         core.core.publish("/a", "data")
         assert core.core.sessions[first].queue[0] is core.core.sessions[second].queue[0]
 
+    def test_what_is_made_once_for_many_is_what_each_would_get(self, core):
+        """Issue 5: a parcel's text is that of its events, wherever it is cut, and whatever came before it."""
+        clients = [core.handshake() for _ in range(4)]
+        for client_id in clients:
+            core.subscribe(client_id, "/a")
+        sessions = [core.core.sessions[client_id] for client_id in clients]
+        core.core.client_push(clients[1], "/own", "first")
+        core.ask(*[{"channel": "/a", "clientId": clients[0], "data": {"n": number}} for number in range(5)])
+        core.core.client_push(clients[2], "/own", "last")
+        assert sessions[0].queue is sessions[3].queue and sessions[1].queue is not sessions[2].queue
+        numbers = [{"channel": "/a", "data": {"n": number}} for number in range(5)]
+        for session, wanted in zip(sessions, [numbers, [{"channel": "/own", "data": "first"}, *numbers],
+                                              [*numbers, {"channel": "/own", "data": "last"}], numbers]):
+            plain = bayeux_server.Answer(None, ['{"reply":1}'], session, list(session.queue)).batch()
+            assert bayeux_server.Answer(None, ['{"reply":1}'], session, session.queue).batch() == plain
+            assert core.events(session.id) == json.loads(plain)[1:] == wanted
+
     def test_a_message_larger_than_max_message_size_is_refused_and_its_neighbours_are_not(self):
         """Issue 5: bytes of UTF-8 count, not characters."""
         core = CorePeer(max_message_size=200)
