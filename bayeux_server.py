@@ -150,7 +150,7 @@ REQUESTS_AT_ONCE = 16                   # of one connection, before others have 
 PARTS_AT_ONCE = 16                      # of one large output, likewise
 ANSWERS_AT_ONCE = 32                    # connects answered between two looks at the queues
 ROUNDS_AT_ONCE = 8                      # such looks, before more is read
-FEW_SESSIONS = 8                        # whose events leave before the publisher's reply; those of more, behind it
+FEW_ANSWERS = 8                         # that leave before the publisher's reply; more leave behind it
 LONGEST_WAIT = 3600.0                   # seconds that a thread sleeps at once; Condition.wait bears no 300 years
 
 # What the application's code may raise.  sys.exit() in it ends no thread of ours.
@@ -551,6 +551,9 @@ ENDED_SHUTDOWN = "server shutdown"
 ENDED_INACTIVE = "inactivity"
 
 
+MAKING_FLAGS = threading.Lock()
+
+
 class Exchange:
     """One request of a transport and its answer, as far as the core needs to know it.
 
@@ -602,7 +605,7 @@ class Stream(Exchange):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sessions: list[Session] = []
+        self.sessions: dict[Session, None] = {}         # one mostly, but a socket may carry thousands
 
 
 class Hold(NamedTuple):
@@ -714,7 +717,7 @@ class Session:
         self.hold: Hold | None = None
         self.is_ready = False               # stands in the core's queue of sessions with something to say
         self.lease = math.inf               # when it ends, unless it is heard of before
-        self.timer: float | None = None     # when the wait looks at it next
+        self.timer: float | None = None     # when it is looked at next
 
     def __repr__(self) -> str:
         return f"<Session {self.id} from {self.address}>"
@@ -760,7 +763,8 @@ class Session:
     @property
     def flags(self) -> dict:
         if self._flags is None:
-            self._flags = {}
+            with MAKING_FLAGS:          # two requests of the session may be at it
+                self._flags = {} if self._flags is None else self._flags
         return self._flags
 
     @property
@@ -862,8 +866,9 @@ class Mailbox:
 #
 # The lock.  One threading.Condition guards sessions, registry, queues and mailboxes.  Under it
 # no input or output, no code of the application and no JSON of unbounded size: decide under
-# the lock, act outside it.  Methods that need it held say so and assert it.  Waiting for it is
-# the long-poll wait (§7), which answers what the methods here have made ready.
+# the lock, act outside it.  Methods that need it held say so and assert it.  What they have put in
+# line is sent by the thread that leads (§9), or by the long-poll wait (§7), which waits on the
+# Condition.
 # ======================================================================================
 
 ANY_VERSION = re.compile(r"\d+(?:\.[A-Za-z0-9][A-Za-z0-9\-_]*)*")
@@ -903,7 +908,7 @@ class Bayeux:
         logger: one line for each refusal goes here.
         run_later: runs a function on another thread, soon; here, if there are no threads (tests).
         step_aside: called before the application's code, which may take its time, runs on this thread.
-        deliver_here: has this thread deliver what is ready, now or before it sleeps, if it does so; else the wait is woken.
+        deliver_here: has this thread send what is in line, now or before it sleeps; False: the wait is to do it.
         clock: seconds that only ever grow.
     """
 
@@ -921,8 +926,8 @@ class Bayeux:
         self.registry = ChannelRegistry()
         self.sessions: dict[str, Session] = {}
         self.local_clients: dict[str, LocalClient] = {}
-        self.ready: collections.deque[Session] = collections.deque()        # with events, and what can carry them
-        self.released: collections.deque[Answer] = collections.deque()      # connects to answer without events
+        # In line to be sent: sessions with events and what can carry them, and answers that were made already.
+        self.ready: collections.deque[Session | Answer] = collections.deque()
         self.overfull: list[Session | LocalClient] = []                     # with more events than max_queue
         self.timers: list[tuple[float, Session]] = []                       # a heap: when to look at whom
         self.mailboxes: list[Mailbox] = []                                  # to be opened
@@ -958,7 +963,7 @@ class Bayeux:
         texts = self._replies_to_all(messages, turn) if len(messages) > 1 else self._replies_to(messages[0], turn)
         self._deliver_published(turn)
         self.wake()
-        if texts:                           # none: its connect is held, and the exchange now the wait's
+        if texts:                           # none: its connect is held, and answered by who delivers
             self._answer(turn, texts)
 
     def _replies_to_all(self, messages: list, turn: Turn) -> list[str]:
@@ -1018,7 +1023,7 @@ class Bayeux:
         if message.get("id") is not None and not is_message_id(message["id"]):
             raise BayeuxError(400, self._channel_shown(message), "id must be a string or a number")
         for incoming in self._incoming:
-            self._application_comes(turn)
+            self.application_comes(turn)
             message = incoming(session, message)
             if message is None:
                 raise BayeuxError(403, "", "An extension refused the message")
@@ -1064,7 +1069,7 @@ class Bayeux:
         raise BayeuxError(402, client_id, "Unknown client" + (f" - it ended by {reason}" if reason else ""),
                           advice=self._advice("handshake"))
 
-    def _application_comes(self, turn: Turn | None = None) -> None:
+    def application_comes(self, turn: Turn | None = None) -> None:
         """The next call may take its time: let what has been published leave, and another thread lead."""
         if turn is not None:
             self._deliver_published(turn)
@@ -1077,7 +1082,7 @@ class Bayeux:
         if acl is None:
             return
         channel = message["channel"]
-        self._application_comes(turn)
+        self.application_comes(turn)
         try:
             answer = acl(session, message)
         except APPLICATION_FAULTS:
@@ -1471,7 +1476,7 @@ class Bayeux:
         service = self.services.get(channel[len(SERVICE):]) or self.services.get("_handler")
         if service is None:
             raise BayeuxError(404, channel, "Unknown service")
-        self._application_comes()
+        self.application_comes()
         try:
             returned = service(message)
             if returned is None:
@@ -1490,7 +1495,7 @@ class Bayeux:
     def _through_extensions(self, session: Session | None, message: dict) -> dict | None:
         """The message as the outgoing extensions leave it; None where one drops it, or fails."""
         for outgoing in self._outgoing:
-            self._application_comes()
+            self.application_comes()
             try:
                 message = outgoing(session, message)
             except APPLICATION_FAULTS:
@@ -1521,10 +1526,9 @@ class Bayeux:
         if session.acknowledgement:
             session.acknowledgement.sent, session.acknowledgement.sent_again = {}, {}
         if session.hold is not None:
-            self._release(session.hold, self._farewell(session, reason))
-            self.released[-1].events = last_events
+            self._release(session.hold, self._farewell(session, reason), last_events)
         elif session.uses_stream and last_events:
-            self.released.append(Answer(session.stream, [], None, last_events))
+            self.ready.append(Answer(session.stream, [], None, last_events))
         self._attach(session, None)
         self.tell("client_disconnect", client_id=session.id, reason=reason)
 
@@ -1558,10 +1562,12 @@ class Bayeux:
     # An answer has two ends: it is taken, under the lock, and it is settled, under the lock,
     # when it is known whether it was written.  In between it is sent, without the lock.
 
-    def _release(self, hold: Hold, fields: dict | None = None) -> None:
-        """Let a held connect be answered without events."""
+    def _release(self, hold: Hold, fields: dict | None = None, last_events: Sequence[Event] = ()) -> None:
+        """Let a held connect be answered without events of its session, unless these are its last."""
         assert self.lock.locked()
-        self.released.append(self._take_hold(hold, fields))
+        answer = self._take_hold(hold, fields)
+        answer.events = last_events
+        self.ready.append(answer)
 
     def _take_hold(self, hold: Hold, fields: dict | None = None) -> Answer:
         session = hold.session
@@ -1581,12 +1587,12 @@ class Bayeux:
         assert self.lock.locked()
         if session.stream is not stream:
             if session.stream is not None:
-                session.stream.sessions.remove(session)
+                session.stream.sessions.pop(session, None)
                 if not session.stream.carries_requests:
-                    self.released.append(Answer(session.stream, []))    # an event stream is for one session, and ends
+                    self.ready.append(Answer(session.stream, []))       # an event stream is for one session, and ends
             session.stream = stream
             if stream is not None:
-                stream.sessions.append(session)
+                stream.sessions[session] = None
 
     def attach(self, client_id: str, stream: Stream) -> bool:
         """The same from outside: an event stream has been opened for the session.  False: there is none."""
@@ -1618,16 +1624,18 @@ class Bayeux:
             self.ready.append(session)
 
     def take_answers(self, limit: int) -> list[Answer]:
-        """What is to be sent now, up to limit: what was released, and the events of sessions in line."""
+        """What is to be sent now, up to limit, in the order in which it came into line."""
         assert self.lock.locked()
         self._look_at_timers(limit)
-        room = limit - min(len(self.ready), limit // 2)     # neither waits until there is no more of the other
-        answers = [self.released.popleft() for _ in range(min(room, len(self.released)))]
+        answers: list[Answer] = []
         while self.ready and len(answers) < limit:
-            session = self.ready.popleft()
-            session.is_ready = False
-            if session.queue and session.can_take_events:
-                answers.append(self._take_answer(session))
+            first = self.ready.popleft()
+            if isinstance(first, Answer):
+                answers.append(first)
+                continue
+            first.is_ready = False
+            if first.queue and first.can_take_events:
+                answers.append(self._take_answer(first))
         return answers
 
     def _take_answer(self, session: Session) -> Answer:
@@ -1729,7 +1737,8 @@ class Bayeux:
             if len(self.timers) > 1.5 * len(self.sessions) + 100:
                 # What ended, or was put in again for an earlier time, must not stay till its time has come: a
                 # hundred thousand handshakes and disconnects would take 100 MiB.
-                self.timers = [entry for entry in self.timers if entry[1].timer == entry[0] and not entry[1].ended]
+                self.timers = [(each.timer, each) for each in self.sessions.values()
+                               if each.timer is not None and each is not session]
                 heapq.heapify(self.timers)
             heapq.heappush(self.timers, (deadline, session))
             if self.timers[0][1] is session:
@@ -1767,21 +1776,19 @@ class Bayeux:
         """Whether something is to be sent, or to be looked at, now."""
         assert self.lock.locked()
         is_due = bool(self.timers) and self.timers[0][0] <= self.clock()
-        return bool(self.ready or self.released or self.mailboxes) or is_due
+        return bool(self.ready or self.mailboxes) or is_due
 
     def seconds_to_deadline(self) -> float | None:
         assert self.lock.locked()
         return min(max(0.0, self.timers[0][0] - self.clock()), LONGEST_WAIT) if self.timers else None
 
     def wake(self) -> None:
-        """Set to work what was made ready: the wait, and the mailboxes.  Without the lock."""
-        if not (self.ready or self.released or self.mailboxes):
+        """Have sent what was made ready, by this thread or by the wait, and the mailboxes opened.  Without the lock."""
+        must_notify = bool(self.ready) and not self._deliver_here()
+        if not (must_notify or self.mailboxes):
             return                          # who adds something after this look calls wake, too
-        is_delivered_here = self._deliver_here()
-        if is_delivered_here and not self.mailboxes:
-            return
         with self.lock:
-            if not is_delivered_here:
+            if must_notify:
                 self.condition.notify_all()
             mailboxes, self.mailboxes = self.mailboxes, []
         for mailbox in mailboxes:
@@ -2054,6 +2061,7 @@ class LongPollWait(threading.Thread):
         super().__init__(name="bayeux long-poll wait", daemon=True)
         self._core = core
         self._is_over = False
+        self._delivering = threading.Lock()
 
     def run(self) -> None:
         while self._sleep():
@@ -2070,24 +2078,35 @@ class LongPollWait(threading.Thread):
                 core.condition.wait(core.seconds_to_deadline())
         return True
 
-    def deliver(self, rounds: int | None = None) -> None:
-        """Send what is ready, on this thread, whichever it is: all of it, or that of so many looks at the queues."""
-        core, sent = self._core, []
-        for _ in range(rounds) if rounds else itertools.count():
-            with core.lock:
-                for answer, is_written in sent:
-                    core.settle(answer, is_written)
-                answers = core.take_answers(ANSWERS_AT_ONCE)
-            if not answers:
-                return
-            sent = []
-            for answer in answers:
-                is_written = core.send(answer)
-                if is_written is not None:
-                    sent.append((answer, is_written))
-        with core.lock:
+    def deliver(self, rounds: int | None = None) -> bool:
+        """Send what is in line, on this thread, whichever it is: all of it, or that of so many looks.
+
+        One thread at a time, or answers might overtake each other.  False: another is at it.  If that is the wait, it
+        looks again before it sleeps.
+        """
+        if not self._delivering.acquire(blocking=rounds is None):
+            return False
+        try:
+            sent: list[tuple[Answer, bool]] = []
+            for _ in range(rounds) if rounds else itertools.count():
+                answers = self._settle_and_take(sent, ANSWERS_AT_ONCE)
+                if not answers:
+                    return True
+                sent = []
+                for answer in answers:
+                    is_written = self._core.send(answer)
+                    if is_written is not None:
+                        sent.append((answer, is_written))
+            self._settle_and_take(sent, 0)
+            return True
+        finally:
+            self._delivering.release()
+
+    def _settle_and_take(self, sent: list[tuple[Answer, bool]], limit: int) -> list[Answer]:
+        with self._core.lock:
             for answer, is_written in sent:
-                core.settle(answer, is_written)
+                self._core.settle(answer, is_written)
+            return self._core.take_answers(limit)
 
     def stop(self) -> None:
         with self._core.lock:
@@ -2275,9 +2294,9 @@ class FrameReader:
 # A connection costs no thread while nothing happens on it: it is *parked* in a selector.
 # The handler threads take turns at watching the selector.  The one whose turn it is, the
 # leader, reads what came, handles it and answers, delivers what was published (§7), and goes
-# on watching: no hand-over, no system call but the reading and the writing.  Only where the application's code, or a file,
-# may take its time it steps aside first, and another thread leads ("Leader/Followers",
-# Schmidt and others, 2000).
+# on watching: no hand-over, no system call but the reading and the writing.  Only where the
+# application's code, or a file, may take its time it steps aside first, and another thread
+# leads ("Leader/Followers", Schmidt and others, 2000).
 #
 #   parked      in the selector, no exchange; bytes wake it, KEEP_ALIVE seconds end it
 #   busy        has an exchange: a request is being handled, or its connect is held
@@ -2631,7 +2650,7 @@ class Watch:
         me = self._leader = threading.get_ident()
         while not self._is_over:
             self._look_after_listener()
-            is_busy = self._deliver() or self._resumed
+            is_busy = self._has_more_to_deliver() or self._resumed
             for key, ready in self._selector.select(0 if is_busy else self._seconds_to_sweep()):
                 if key.data is not None:
                     self._attend(key.data, self._look_at_socket, ready)
@@ -2651,6 +2670,14 @@ class Watch:
                 if self._leader != me:
                     return
         self.close_all()
+
+    def _has_more_to_deliver(self) -> bool:
+        """Deliver, first; what goes wrong must not take the leader away from the others."""
+        try:
+            return self._deliver()
+        except Exception:
+            self._logger.exception("delivering failed")
+            return False
 
     def _attend(self, connection: Connection, look: Callable[..., None], *arguments: Any) -> None:
         """Look at a connection; what goes wrong ends that one only."""
@@ -3393,8 +3420,7 @@ class HttpTransport:
             if self._is_bayeux(request):
                 self._receive_batch(connection, request)
             else:
-                self._watch.step_aside()
-                self.core.wake()
+                self.core.application_comes()
                 self._send_plain(connection, request, self._plain_response(request))
         except HTTPFault as fault:
             self._refuse(connection, request, fault, is_last=not request.wants_keep_alive)
@@ -3592,7 +3618,7 @@ class HttpTransport:
     def _send_plain(self, connection: Connection, request: Request, response: Response,
                     is_last: bool | None = None) -> None:
         if self.options.post_handle is not None:
-            self._watch.step_aside()
+            self.core.application_comes()
             try:
                 self.options.post_handle(request, response)
                 response.check()
@@ -4034,18 +4060,16 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         live_servers.add(self)
 
     def _deliver_here(self) -> bool:
-        """Called where something was published: does this thread deliver it?  To a few it goes before the reply."""
+        """Something is in line to be sent: does this thread see to it?  What goes to a few leaves before the reply."""
         if not self.watch.is_led_here():
             return False
-        if len(self.core.ready) <= FEW_SESSIONS:
+        if len(self.core.ready) <= FEW_ANSWERS:
             self._wait.deliver(1)
         return True
 
     def _deliver_before_reading(self) -> bool:
-        """What the leader does between reading and reading; whether there is more to deliver."""
-        if self.core.ready or self.core.released:
-            self._wait.deliver(ROUNDS_AT_ONCE)
-        return bool(self.core.ready or self.core.released)
+        """What the leader does between reading and reading; whether there is more for it to deliver."""
+        return bool(self.core.ready) and self._wait.deliver(ROUNDS_AT_ONCE) and bool(self.core.ready)
 
     def _open_log(self) -> logging.Handler | None:
         if self.options.debug:
@@ -4396,7 +4420,7 @@ def start_text(server: BayeuxServer, is_bare: bool) -> str:
              f"  limits     {at_once} requests at once from one address, {options.max_sessions} sessions,",
              f"             {options.max_queue} waiting events a session, {options.max_message_size} bytes a message"]
     if not is_bare:
-        lines.append("  demo       /service/echo, /service/members, /service/magnets, a bot on /chat/demo (--bare: without)")
+        lines.append("  demo       /service/echo, /service/members, /service/magnets, a bot on /chat/demo (not with --bare)")
     return "\n".join([*lines, "Ctrl-C stops it."])
 
 

@@ -1063,6 +1063,37 @@ class TestSessions:
         core.work()
         assert all(exchange.answer for exchange in held)
 
+    def test_what_is_in_line_leaves_in_that_order(self, core):
+        """C3: with acknowledgement the replies to a session's connects are numbered, and must not overtake each other."""
+        clients = [core.handshake(ext={"ack": True}) for _ in range(40)]
+        for client_id in clients:
+            core.subscribe(client_id, "/a")
+        older = [core.hold(client_id, ext={"ack": 1}) for client_id in clients]
+        newer = [core.hold(client_id, ext={"ack": 1}) for client_id in clients]
+        core.core.publish("/a", "event")
+        left = []
+        while len(left) < 80:
+            with core.core.lock:
+                left += [answer.exchange for answer in core.core.take_answers(32)]
+        assert all(left.index(one) < left.index(other) for one, other in zip(older, newer))
+
+    def test_looking_at_the_timers_again_and_again_does_not_grow_dear(self, monkeypatch):
+        """Issue 5: lazy events put sessions into the heap for an earlier time, and then again for the later one."""
+        clearings, heapify = [], bayeux_server.heapq.heapify
+        monkeypatch.setattr(bayeux_server.heapq, "heapify", lambda heap: clearings.append(heapify(heap)))
+        core = CorePeer(lazy_channels=["/lazy/**"], max_lazy=0.5)
+        streams = [FakeStream() for _ in range(500)]
+        for number, stream in enumerate(streams):
+            client_id = core.handshake()
+            core.subscribe(client_id, f"/lazy/{number % 10}")
+            core.core.attach(client_id, stream)
+        assert len(clearings) < 30
+        for number in range(40):
+            core.core.publish(f"/lazy/{number % 10}", number)
+            for _ in range(20):
+                core.pass_time(0.03)
+        assert all(len(stream.batches) == 4 for stream in streams) and len(clearings) < 60
+
     def test_a_session_that_never_connects_ends_too(self):
         """C5"""
         core = CorePeer(connect_timeout=100)
@@ -3344,6 +3375,33 @@ class TestLongPollWait:
         for exchange in held:
             assert [event["data"] for event in exchange.wait()[1:]] == ["event"]
         assert threading.active_count() <= threads
+
+    def test_one_thread_delivers_at_a_time(self, core):
+        """Or answers might overtake each other; who comes second leaves all to the first."""
+        is_sending, may_go_on = threading.Event(), threading.Event()
+
+        class SlowToSend(FakeExchange):
+            def send(self, answer):
+                is_sending.set()
+                assert may_go_on.wait(PATIENCE)
+                return super().send(answer)
+
+        wait = bayeux_server.LongPollWait(core.core)
+        first, second = core.handshake(), core.handshake()
+        core.subscribe(first, "/a")
+        core.subscribe(second, "/b")
+        slow = SlowToSend(core.core)
+        core.core.receive([core.connect_message(first)], slow)
+        quick = core.hold(second)
+        core.core.publish("/a", 1)
+        sending = threading.Thread(target=wait.deliver)
+        sending.start()
+        assert is_sending.wait(PATIENCE)
+        core.core.publish("/b", 2)
+        assert wait.deliver(1) is False and quick.answer is None
+        may_go_on.set()
+        sending.join(PATIENCE)
+        assert slow.answer[1]["data"] == 1 and quick.answer[1]["data"] == 2
 
     def test_a_held_connect_is_answered_when_its_time_is_over(self, waiting):
         """C2: the nearest deadline first, though it came last."""
