@@ -551,7 +551,7 @@ ENDED_SHUTDOWN = "server shutdown"
 ENDED_INACTIVE = "inactivity"
 
 
-MAKING_FLAGS = threading.Lock()
+MAKING_FLAGS = threading.Lock()         # held for a moment, at the first use of a session's flags
 
 
 class Exchange:

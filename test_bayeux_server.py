@@ -978,6 +978,13 @@ class TestMessages:
         core.core.publish("/a", "data")
         assert core.core.sessions[first].queue[0] is core.core.sessions[second].queue[0]
 
+    @pytest.mark.parametrize("id", [None, "", "0", "7f", "a b", 'a"b', "a\\b", "\n", "\u00e9", "\u2028", "\u0663", 0, 1.5, -3])
+    def test_a_plain_reply_is_what_the_encoder_would_write(self, core, id):
+        """Issue 5: made without it, as most replies are plain."""
+        message = {"channel": "/a/-_!~()$@", "id": id}
+        assert bayeux_server.success_text(message["channel"], id) == bayeux_server.encode_json(
+            core.core._success(message))
+
     def test_what_is_made_once_for_many_is_what_each_would_get(self, core):
         """Issue 5: a parcel's text is that of its events, wherever it is cut, and whatever came before it."""
         clients = [core.handshake() for _ in range(4)]
