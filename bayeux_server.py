@@ -138,6 +138,7 @@ CONNECTION_TYPES = (WEBSOCKET, LONG_POLLING, CALLBACK_POLLING, EVENTSOURCE)
 MAX_CHANNEL_LENGTH = 255                # characters; a name of n segments lies in n + 1 patterns
 MAX_JSON_DEPTH = 100                    # arrays and objects within each other; people use five
 MAX_HEAD = 16 * 1024                    # bytes of request line and headers; Apache: 8 KiB a line
+HEADS_KEPT, LONGEST_KEPT = 256, 2048    # so many request heads, as they were read, of up to so many bytes
 MAX_CALLBACK_LENGTH = 64                # characters of a JSONP callback's name
 REMEMBERED_SESSIONS = 1000              # ended sessions whose reason is still told to a late client
 MULTIPLE_CLIENTS_INTERVAL = 2.0         # seconds between polls of a crowded browser; CometD: 2
@@ -188,7 +189,12 @@ CHANNEL_PATTERN = re.compile(rf"(?:/{SEGMENT})*/(?:{SEGMENT}|\*\*?)")
 
 def is_channel_name(value: str) -> bool:
     """Whether value names one channel."""
-    return len(value) <= MAX_CHANNEL_LENGTH and CHANNEL_NAME.fullmatch(value) is not None
+    return len(value) <= MAX_CHANNEL_LENGTH and is_written_as_name(value)
+
+
+@lru_cache(maxsize=1024)                # the same few channels, again and again
+def is_written_as_name(value: str) -> bool:
+    return CHANNEL_NAME.fullmatch(value) is not None
 
 
 def is_channel_pattern(value: str) -> bool:
@@ -317,6 +323,7 @@ def object_of_unique_keys(pairs: list) -> dict:
     return fields
 
 
+JSON_WHITESPACE = " \t\n\r"
 JSON_DECODER = json.JSONDecoder(object_pairs_hook=object_of_unique_keys, parse_constant=refuse_constant,
                                 parse_float=finite_float, parse_int=moderate_int)
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -356,7 +363,10 @@ def decode_json(body: bytes | str) -> Any:
         text = (body.encode("utf-8") if isinstance(body, str) else body).decode("utf-8")
         if text.count("[") + text.count("{") > MAX_JSON_DEPTH and json_depth(text) > MAX_JSON_DEPTH:
             raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}")
-        value = JSON_DECODER.decode(text)
+        text = text.strip(JSON_WHITESPACE)
+        value, end = JSON_DECODER.raw_decode(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
         if "\\ud" in text or "\\uD" in text:
             encode_json(value)
         return value
@@ -587,8 +597,12 @@ class Exchange:
     def give_up(self) -> None:
         """No answer can be made; the client must not wait for one."""
 
+    def pack(self, answer: Answer) -> bytes:
+        """The bytes in which the answer leaves; an exchange within this process needs none."""
+        return b""
+
     def send(self, answer: Answer) -> bool | None:
-        """Write the answer, without blocking.  True: written; False: lost; None: settled later."""
+        """Write the answer's packet, without blocking.  True: written; False: lost; None: settled later."""
         raise TypeError(f"{type(self).__name__} has no way to send")
 
 
@@ -621,7 +635,7 @@ class Hold(NamedTuple):
 class Answer:
     """What leaves at once: replies to one request, events of one session, or both, in this order."""
 
-    __slots__ = ("events", "exchange", "late_fields", "replies", "session")
+    __slots__ = ("events", "exchange", "late_fields", "packet", "replies", "session")
 
     def __init__(self, exchange: Exchange, replies: list[str], session: Session | None = None,
                  events: Iterable[Event] = (), late_fields: Callable[[], dict] | None = None) -> None:
@@ -630,6 +644,7 @@ class Answer:
         self.session = session
         self.events = events
         self.late_fields = late_fields
+        self.packet: bytes | None = None        # once its exchange has packed it
 
     def batch(self) -> str:
         """The JSON array.  The reply to a plain connect is not encoded again: its text was made when it was held."""
@@ -637,7 +652,7 @@ class Answer:
         if self.late_fields is not None:
             replies = [with_fields(replies[0], self.late_fields())]
         texts = [self.events.text] if isinstance(self.events, Parcel) else [event.text for event in self.events]
-        return "[{}]".format(",".join([*replies, *texts]))
+        return f"[{','.join([*replies, *texts])}]"
 
 
 class Acknowledgement:
@@ -734,7 +749,8 @@ class Session:
             self.queue += events
         else:
             self.queue = [*self.queue, *events]
-        if self.waiting > core.options.max_queue:
+        limit = core.options.max_queue
+        if len(self.queue) > limit or (self.acknowledgement is not None and self.waiting > limit):
             core.overfull.append(self)
         elif events[0].is_lazy:
             core.delay(self)
@@ -788,19 +804,18 @@ class Session:
 
     @property
     def can_take_events(self) -> bool:
-        return (self.hold is not None or self.uses_stream) and not self.in_flight
+        has_way = self.hold is not None or (self.stream is not None and self.acknowledgement is None)
+        return has_way and not self.in_flight
 
     @property
     def deadline(self) -> float | None:
         """When something must be done about it: its queue delivered, its connect answered, or itself ended."""
         if self.ended:
             return None
-        lazy_deadline = self.lazy_deadline
-        if lazy_deadline != math.inf and not self.can_take_events:
-            lazy_deadline = math.inf
-        if self.hold is not None:
-            return min(self.hold.deadline, lazy_deadline)
-        return None if self.in_flight else min(self.lease, lazy_deadline)
+        if self.hold is None and self.in_flight:
+            return None
+        deadline = self.lease if self.hold is None else self.hold.deadline
+        return self.lazy_deadline if self.lazy_deadline < deadline and self.can_take_events else deadline
 
 
 class Mailbox:
@@ -862,7 +877,7 @@ class Mailbox:
 #
 # A message's way: receive -> _admit (fields, extensions) -> _handle (session, message_acl) ->
 # the handler of its channel (_handshake, _connect, ...) -> _finish (extensions, the reply's text).
-# A BayeuxError raised anywhere on it becomes the reply, in _handle_or_refuse.
+# A BayeuxError raised anywhere on it becomes the reply, in _replies_to.
 #
 # The lock.  One threading.Condition guards sessions, registry, queues and mailboxes.  Under it
 # no input or output, no code of the application and no JSON of unbounded size: decide under
@@ -890,7 +905,7 @@ def version_key(version: str) -> list[tuple]:
 class Turn:
     """What the messages of one request share."""
 
-    __slots__ = ("connecting", "events", "exchange", "is_shared", "published")
+    __slots__ = ("connecting", "events", "exchange", "is_shared", "published", "publishes")
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
@@ -898,6 +913,7 @@ class Turn:
         self.connecting: Session | None = None          # whose events go with the answer
         self.events: Sequence[Event] = ()               # those, where they have been taken already
         self.published: list[Event] = []                # on one channel, one after another, and not yet queued
+        self.publishes = 0                              # how many of its messages were events
 
 
 class Bayeux:
@@ -909,6 +925,7 @@ class Bayeux:
         run_later: runs a function on another thread, soon; here, if there are no threads (tests).
         step_aside: called before the application's code, which may take its time, runs on this thread.
         deliver_here: has this thread send what is in line, now or before it sleeps; False: the wait is to do it.
+        after_next_look: has this thread call a function once it has read what else has come; False: it cannot.
         clock: seconds that only ever grow.
     """
 
@@ -916,6 +933,7 @@ class Bayeux:
                  run_later: Callable[[Callable], None] = lambda job: job(),
                  step_aside: Callable[[], None] = lambda: None,
                  deliver_here: Callable[[], bool] = lambda: False,
+                 after_next_look: Callable[[Callable[[], None]], bool] = lambda job: False,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.options = options
         self.logger = logger or logging.getLogger("bayeux_server")
@@ -938,6 +956,8 @@ class Bayeux:
         self._run_later = run_later
         self._step_aside = step_aside
         self._deliver_here = deliver_here
+        self._after_next_look = after_next_look
+        self._postponed: collections.deque[Answer] = collections.deque()    # replies to publishes
         self._listeners: dict[str, list[Callable]] = {event: [] for event in EVENTS}
         if options.callback:
             self.add_listener(options.callback)
@@ -946,6 +966,7 @@ class Bayeux:
         self._lazy_patterns = frozenset(options.lazy_channels)
         self.connection_types = CONNECTION_TYPES + ((CROSS_ORIGIN,) if options.allowed_origins else ())
         self._outgoing = [each.outgoing for each in reversed(options.extensions) if hasattr(each, "outgoing")]
+        self._adds_to_replies = bool(self._outgoing or options.timestamp)
         self._meta = {HANDSHAKE: self._handshake, CONNECT: self._connect, DISCONNECT: self._disconnect,
                       SUBSCRIBE: self._subscribe, UNSUBSCRIBE: self._unsubscribe, PING: self._ping}
 
@@ -979,24 +1000,21 @@ class Bayeux:
 
     def _replies_to(self, message: Any, turn: Turn) -> list[str]:
         """Handle one message.  The texts of its replies: one; several of some services; none if it is held."""
+        request = message if isinstance(message, dict) else {}
         try:
-            return self._handle_or_refuse(message, turn)
+            session = self._session_of(request, turn)
+            try:
+                request = self._admit(session, message, turn)
+                return self._handle(session, request, turn)
+            except BayeuxError as error:
+                self.logger.info("refused %.100r from %s: %s", request.get("channel"), turn.exchange.address or "-",
+                                 error)
+                return self._finish(session, request, refusal(request, error))
         except APPLICATION_FAULTS:          # ours or an extension's: the neighbours are answered all the same
             request = message if isinstance(message, dict) else {}
             self.logger.exception("handling a message on %.100r failed", request.get("channel"))
             error = BayeuxError(500, self._channel_shown(request), "The server failed")
             return [encode_json(refusal(request, error))]
-
-    def _handle_or_refuse(self, message: Any, turn: Turn) -> list[str]:
-        request = message if isinstance(message, dict) else {}
-        session = self._session_of(request, turn)
-        try:
-            request = self._admit(session, message, turn)
-            return self._handle(session, request, turn)
-        except BayeuxError as error:
-            self.logger.info("refused %.100r from %s: %s", request.get("channel"), turn.exchange.address or "-",
-                             error)
-            return self._finish(session, request, refusal(request, error))
 
     def _session_of(self, message: dict, turn: Turn) -> Session | None:
         """The session that the message's clientId names, if it names one; its lease begins anew."""
@@ -1034,7 +1052,7 @@ class Bayeux:
 
     def _handle(self, session: Session | None, message: dict, turn: Turn) -> list[str]:
         channel = message["channel"]
-        handler = self._handler(channel)
+        handler = self._meta.get(channel) or self._handler(channel)
         if channel != HANDSHAKE:
             if session is None:
                 session = self._unknown_client(message, turn, may_be_anonymous=(
@@ -1047,8 +1065,6 @@ class Bayeux:
         return handler(session, message, turn)
 
     def _handler(self, channel: str) -> Callable[[Any, dict, Turn], list[str]]:
-        if channel in self._meta:
-            return self._meta[channel]
         if channel.startswith(META):
             raise BayeuxError(404, channel, "Unknown channel")
         if not is_channel_name(channel):
@@ -1103,9 +1119,11 @@ class Bayeux:
 
     def _finish(self, session: Session | None, message: dict, reply: dict | None = None,
                 number: int | None = None) -> list[str]:
-        """The text of a reply that leaves now."""
+        """The text of a reply that leaves now.  Most say no more than that all went well."""
+        if reply is None and number is None and "ext" not in message and not self._adds_to_replies:
+            return [success_text(message["channel"], message.get("id"))]
         text = self._reply_text(session, message, reply)
-        late = self._late_fields(TimeSync.of(message) if self.options.timesync else None, number)
+        late = self._late_fields(self._timesync(message), number)
         return [with_fields(text, late) if late else text]
 
     def _reply_text(self, session: Session | None, message: dict, reply: dict | None) -> str:
@@ -1117,6 +1135,9 @@ class Bayeux:
             return success_text(message["channel"], message.get("id"))
         return encode_json(self._through_extensions(session, reply or self._success(message)) or refusal(
             message, BayeuxError(403, self._channel_shown(message), "An extension dropped the reply")))
+
+    def _timesync(self, message: dict) -> TimeSync | None:
+        return TimeSync.of(message) if "ext" in message and self.options.timesync else None
 
     def _late_fields(self, timesync: TimeSync | None, number: int | None) -> dict:
         """The fields of a reply that depend on when it leaves.  number: its own, with acknowledgement."""
@@ -1220,13 +1241,14 @@ class Bayeux:
             raise BayeuxError(400, CONNECT, f"connectionType must be {' or '.join(self.connection_types)}")
         if turn.connecting is not None:
             raise BayeuxError(409, CONNECT, "One connect a request")
-        self._end_inactive(session)
+        if self.options.max_inactivity:
+            self._end_inactive(session)
         advice = self._connect_advice(session, message, turn)
         patience = self._patience(session, message, turn)
         reply = self._success(message, advice=advice) if advice else None
         if patience > 0:
             text = self._reply_text(session, message, reply)
-            timesync = TimeSync.of(message) if self.options.timesync else None
+            timesync = self._timesync(message)
         with self.lock:
             self._require_live(session)
             self._begin_connect(session, message, turn)
@@ -1279,8 +1301,7 @@ class Bayeux:
 
     def _end_inactive(self, session: Session) -> None:
         """(CometD's activity extension): a page that was left open only sends heart-beats."""
-        limit = self.options.max_inactivity
-        if limit and self.clock() - session.active > limit:
+        if self.clock() - session.active > self.options.max_inactivity:
             with self.lock:
                 self.end_session(session, ENDED_INACTIVE)
             raise BayeuxError(402, session.id or "", f"Session ended by {ENDED_INACTIVE}",
@@ -1390,6 +1411,7 @@ class Bayeux:
             raise BayeuxError(400, message["channel"], "data is missing")
         event = self._event(message["channel"], message["data"], session.id, message.get("id"), message.get("ext"))
         turn.published.append(event)
+        turn.publishes += 1
         if self._outgoing:                  # the application's, of which one may take its time over our reply
             self._deliver_published(turn)
         return self._finish(session, message)
@@ -1626,7 +1648,8 @@ class Bayeux:
     def take_answers(self, limit: int) -> list[Answer]:
         """What is to be sent now, up to limit, in the order in which it came into line."""
         assert self.lock.locked()
-        self._look_at_timers(limit)
+        if self.timers and self.timers[0][0] <= self.clock():
+            self._look_at_timers(limit)
         answers: list[Answer] = []
         while self.ready and len(answers) < limit:
             first = self.ready.popleft()
@@ -1675,17 +1698,37 @@ class Bayeux:
                 session.is_urgent = True
         if answer.replies:              # a connect's; written or lost, now it is the client's turn
             session.lease = self.clock() + self.options.connect_timeout
-        self.make_ready(session)
-        self._schedule(session)
+        if session.is_urgent:
+            self.make_ready(session)
+        if answer.replies or session.timer is None or session.lazy_deadline != math.inf:
+            self._schedule(session)     # else it had its deadline before the answer, and has it still
 
-    def send(self, answer: Answer) -> bool | None:
-        """Through its exchange, without the lock.  One that fails is not tried again: it would fail for ever."""
-        try:
-            return answer.exchange.send(answer)
-        except Exception:
-            self.logger.exception("an answer could not be made")
-            answer.exchange.give_up()
-            return True
+    def send(self, answers: Sequence[Answer]) -> list[tuple[Answer, bool]]:
+        """Send them, without the lock.  Those whose fate is known come back, with whether they were written.
+
+        All are packed before the first is sent: a system call drives our code out of the processor's caches, so
+        little should stand between one and the next.  What fails is not tried again: it would fail for ever.
+        """
+        is_logged = self.logger.isEnabledFor(logging.DEBUG)
+        for answer in answers:
+            try:
+                answer.packet = answer.exchange.pack(answer)
+                if is_logged:
+                    self.logger.debug("to %s: %.1000s", answer.exchange.address, answer.batch())
+            except Exception:
+                self.logger.exception("an answer could not be made")
+                answer.exchange.give_up()
+        fates = []
+        for answer in answers:
+            try:
+                is_written = answer.packet is None or answer.exchange.send(answer)
+            except Exception:
+                self.logger.exception("an answer could not be sent")
+                answer.exchange.give_up()
+                is_written = True
+            if is_written is not None:
+                fates.append((answer, is_written))
+        return fates
 
     def settle_later(self, answer: Answer, is_written: bool) -> None:
         """settle, for who does not hold the lock."""
@@ -1694,15 +1737,34 @@ class Bayeux:
         self.wake()
 
     def _answer(self, turn: Turn, replies: list[str]) -> None:
-        """Answer a request at once, with the events of the session whose connect was in it."""
+        """Answer a request at once, with the events of the session whose connect was in it.
+
+        But that events were published is told a moment later, when what has come meanwhile is read: mostly connects
+        of subscribers, who wait for the events, while their publisher only wants to be sure.  No answer that leaves
+        at once overtakes such a reply: a client that has its reply to a disconnect waits for no other.
+        """
         session = turn.connecting
         answer = Answer(turn.exchange, replies, session, turn.events)
+        can_wait = turn.publishes == len(replies) and turn.exchange.stream is None and len(self.ready) <= FEW_ANSWERS
+        if can_wait and self._after_next_look(self._send_postponed):
+            self._postponed.append(answer)
+            return
+        while self._postponed:
+            self._send_postponed()
         if session is not None and not session.acknowledgement and not session.uses_stream:
             with self.lock:
                 answer.events = self._take_events(session)
-        is_written = self.send(answer)
-        if is_written is not None and session is not None:
-            self.settle_later(answer, is_written)
+        for _, is_written in self.send([answer]):
+            if session is not None:
+                self.settle_later(answer, is_written)
+
+    def _send_postponed(self) -> None:
+        """Send the first of the replies that were to wait."""
+        try:
+            answer = self._postponed.popleft()
+        except IndexError:
+            return                          # all have left already, before another answer
+        self.send([answer])
 
     def answer_now(self, exchange: Exchange) -> None:
         """Answer the connect held on the exchange, if it still is: another request came behind it."""
@@ -1710,8 +1772,7 @@ class Bayeux:
             if exchange.hold is None:
                 return
             answer = self._take_hold(exchange.hold)
-        is_written = self.send(answer)
-        if is_written is not None:
+        for _, is_written in self.send([answer]):
             self.settle_later(answer, is_written)
 
     def hang_up(self, exchange: Exchange) -> None:
@@ -2092,11 +2153,7 @@ class LongPollWait(threading.Thread):
                 answers = self._settle_and_take(sent, ANSWERS_AT_ONCE)
                 if not answers:
                     return True
-                sent = []
-                for answer in answers:
-                    is_written = self._core.send(answer)
-                    if is_written is not None:
-                        sent.append((answer, is_written))
+                sent = self._core.send(answers)
             self._settle_and_take(sent, 0)
             return True
         finally:
@@ -2363,6 +2420,7 @@ class Connection:
     __slots__ = ("address", "deadline", "exchange", "idle_time", "input", "is_arriving", "is_closed",
                  "is_closing", "is_handled", "lock", "output", "protocol", "request", "socket", "source", "watch",
                  "watched", "when_written", "written")
+    is_secure = False
 
     def __init__(self, client_socket: socket.socket, address: str, watch: Watch, protocol: Any) -> None:
         self.socket = client_socket
@@ -2395,13 +2453,13 @@ class Connection:
             return b""
 
     def write(self, data: bytes, source: FileSource | None = None, is_last: bool = False,
-              when_written: Callable[[bool], None] | None = None) -> bool | None:
+              when_written: Callable[..., None] | None = None, *arguments: Any) -> bool | None:
         """Answer the exchange, without blocking.
 
         Arguments:
             data, source: what to send: bytes, then those of a file.
             is_last: the connection ends with it.
-            when_written: called later, with whether all was written, if that is not known now.
+            when_written: called later, with the arguments and whether all was written, if that is not known now.
 
         Returns:
             True: all is written; False: the peer is gone; None: the rest waits for the peer.
@@ -2410,7 +2468,7 @@ class Connection:
             if self.is_closed or self.exchange is None:
                 return False
             self.is_closing = self.is_closing or is_last
-            is_written = self._send_or_keep(data, source, when_written)
+            is_written = self._send_or_keep(data, source, when_written, arguments)
             if is_written:
                 self._finish_exchange()
         if is_written is False:
@@ -2420,13 +2478,13 @@ class Connection:
         return is_written
 
     def push(self, data: bytes, is_last: bool = False,
-             when_written: Callable[[bool], None] | None = None) -> bool | None:
+             when_written: Callable[..., None] | None = None, *arguments: Any) -> bool | None:
         """Send on a stream, behind what waits already; otherwise as write()."""
         with self.lock:
             if self.is_closed or self.is_closing:
                 return False
             self.is_closing = is_last
-            is_written = self._send_or_keep(data, None, when_written)
+            is_written = self._send_or_keep(data, None, when_written, arguments)
             if is_written and is_last:
                 self._finish_exchange()
         if is_written is False:
@@ -2435,8 +2493,8 @@ class Connection:
             self.watch.resume(self)
         return is_written
 
-    def _send_or_keep(self, data: bytes, source: FileSource | None,
-                      when_written: Callable[[bool], None] | None) -> bool | None:
+    def _send_or_keep(self, data: bytes, source: FileSource | None, when_written: Callable[..., None] | None,
+                      arguments: tuple) -> bool | None:
         """Send what there is room for, and keep the rest for flush(); returns what write() does."""
         assert self.lock.locked()
         try:
@@ -2451,7 +2509,7 @@ class Connection:
             self.deadline = time.monotonic() + self.watch.patience
         self.output, self.source = memoryview(bytes(self.output) + data[sent:]), source
         if when_written is not None:
-            self.when_written += ((self.written + len(self.output), when_written),)
+            self.when_written += ((self.written + len(self.output), partial(when_written, *arguments)),)
         return None
 
     def write_interim(self, data: bytes) -> None:
@@ -2544,6 +2602,7 @@ class TLSConnection(Connection):
     """The same through TLS.  Its handshake happens by itself, in the first reads."""
 
     __slots__ = ()
+    is_secure = True
 
     def receive(self) -> bytes | None:
         with self.lock:                         # OpenSSL bears no reading and writing at once
@@ -2577,6 +2636,7 @@ class Watch:
         self._logger = logger
         self._selector = selectors.DefaultSelector()
         self._resumed: collections.deque[Connection] = collections.deque()
+        self._jobs: collections.deque[Callable[[], None]] = collections.deque()     # for after the next look
         self._waking, self._woken = socket.socketpair()
         self._waking.setblocking(False)
         self._woken.setblocking(False)
@@ -2621,6 +2681,13 @@ class Watch:
             self._leader = None
             self._threads.run(self._lead)
 
+    def after_next_look(self, job: Callable[[], None]) -> bool:
+        """Have the leader do something once it has seen what else has come.  False: this thread does not lead."""
+        is_led_here = self.is_led_here()
+        if is_led_here:
+            self._jobs.append(job)
+        return is_led_here
+
     def give_back(self, connection: Connection) -> None:
         """Called when this thread is done with a connection: where it has stepped aside, the leader gets it back."""
         if not self.is_led_here():
@@ -2636,6 +2703,7 @@ class Watch:
 
     def stop_accepting(self) -> None:
         self._wants_accepting = False
+        self._next_sweep = 0.0
         self.wake()
 
     def stop(self) -> None:
@@ -2649,8 +2717,8 @@ class Watch:
     def _lead(self) -> None:
         me = self._leader = threading.get_ident()
         while not self._is_over:
-            self._look_after_listener()
-            is_busy = self._has_more_to_deliver() or self._resumed
+            jobs = len(self._jobs)
+            is_busy = self._has_more_to_deliver() or self._resumed or jobs
             for key, ready in self._selector.select(0 if is_busy else self._seconds_to_sweep()):
                 if key.data is not None:
                     self._attend(key.data, self._look_at_socket, ready)
@@ -2661,6 +2729,8 @@ class Watch:
                     self._is_awake = False      # after the reading: a wake in between finds us awake
                 if self._leader != me:
                     return                      # what was not attended to is seen again by the next leader
+            for _ in range(jobs):
+                self._jobs.popleft()()
             for _ in range(len(self._resumed)):
                 self._attend(self._resumed.popleft(), self._look_again)
                 if self._leader != me:
@@ -2745,6 +2815,7 @@ class Watch:
     def pause_accepting(self) -> None:
         """There are no more file descriptors: try again in a second."""
         self._accepts_from = time.monotonic() + 1.0
+        self._next_sweep = 0.0
 
     def _seconds_to_sweep(self) -> float:
         return max(0.0, self._next_sweep - time.monotonic())
@@ -2753,6 +2824,7 @@ class Watch:
         """End what has lasted too long.  A look at all connections, once in a while, costs less than a clock each."""
         now = time.monotonic()
         self._next_sweep = now + min(1.0, self.patience / 4)
+        self._look_after_listener()
         for connection in list(self.connections):
             if connection.deadline <= now and self.is_led_here():
                 self._attend(connection, self._look_at_deadline)
@@ -2791,7 +2863,7 @@ REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20#\x7f-\xff]+) HTTP/(\d)\.(\d)
 FIELD_NAME = re.compile(TOKEN)
 FIELD_NAMES = re.compile(rf"{TOKEN}(?:[ \t]*,[ \t]*{TOKEN})*")
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
-CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
+MAX_LENGTH_DIGITS = 18                  # of a Content-Length; longer ones are quadratic to read
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
 #   RFC 9110, "Range Requests": one range, first-last, first- or -suffix
 BYTE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
@@ -2834,35 +2906,28 @@ class Request:
         body: bytes.
         address: the client's IP address.
         is_secure: whether it came through TLS.
+        wants_keep_alive: whether its client may send another on the same connection.
     """
 
     __slots__ = ("address", "body", "chunks", "cors", "headers", "is_secure", "method", "missing", "path", "query",
-                 "target", "version")
+                 "target", "transport", "version", "wants_keep_alive")
 
-    def __init__(self, method: str, target: str, version: tuple[int, int], headers: dict[str, str]) -> None:
+    def __init__(self, method: str, target: str, path: str, query: str, version: tuple[int, int],
+                 headers: dict[str, str], wants_keep_alive: bool, transport: str) -> None:
         self.method = method
         self.target = target
-        raw_path, _, self.query = target.partition("?")
-        self.path = urllib.parse.unquote(raw_path) if "%" in raw_path else raw_path
+        self.path = path
+        self.query = query
         self.version = version
-        self.headers = headers
+        self.headers = headers.copy()                   # the application may change it; the head is kept for others
+        self.wants_keep_alive = wants_keep_alive
+        self.transport = transport                      # by which it brings its batch, if it brings one
         self.body: bytes | bytearray = b""
         self.address = ""
         self.is_secure = False
         self.cors = ""                                  # headers for an allowed foreign origin
         self.missing = 0                                # bytes of the body that are still to come
         self.chunks: ChunkedBody | None = None          # or this tells
-
-    @property
-    def connection_options(self) -> list[str]:
-        return [each.strip() for each in self.headers.get("connection", "").lower().split(",")]
-
-    @property
-    def wants_keep_alive(self) -> bool:
-        if "connection" not in self.headers:    # spares most requests the reading
-            return self.version >= (1, 1)
-        options = self.connection_options
-        return "close" not in options and (self.version >= (1, 1) or "keep-alive" in options)
 
 
 class Response:
@@ -2896,11 +2961,12 @@ def header_name(written: str) -> str | None:
     return written.lower() if FIELD_NAME.fullmatch(written) else None
 
 
-def parse_head(text: str) -> Request:
-    """The request whose line and headers, without the empty line behind them, are given (RFC 9112).
+def parse_head(data: bytes) -> tuple:
+    """Request line and headers, without the empty line behind them, as the arguments of Request (RFC 9112).
 
     Whatever two readers might read differently is refused: that is how requests are smuggled.
     """
+    text = data.decode("latin-1")
     request_line, *lines = text.split("\r\n")
     if not "".join(lines).isprintable() and CONTROL_CHARACTER.search(text):
         raise HTTPFault(400, "A line ends without CR, or there is a control character in the head")
@@ -2929,7 +2995,32 @@ def parse_head(text: str) -> Request:
         target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
     if not target.startswith("/") and target != "*":
         raise HTTPFault(400, "The target must be a path")
-    return Request(match[1], target, version, headers)
+    raw_path, _, query = target.partition("?")
+    path = urllib.parse.unquote(raw_path) if "%" in raw_path else raw_path
+    return (match[1], target, path, query, version, headers, wants_keep_alive(version, headers),
+            transport_of(match[1], headers))
+
+
+def connection_options(headers: dict[str, str]) -> list[str]:
+    return [each.strip() for each in headers.get("connection", "").lower().split(",")]
+
+
+def wants_keep_alive(version: tuple[int, int], headers: dict[str, str]) -> bool:
+    options = connection_options(headers)
+    return "close" not in options and (version >= (1, 1) or "keep-alive" in options)
+
+
+def transport_of(method: str, headers: dict[str, str]) -> str:
+    if method != "GET":
+        return LONG_POLLING
+    if "websocket" in headers.get("upgrade", "").lower():
+        return WEBSOCKET
+    return EVENTSOURCE if "text/event-stream" in headers.get("accept", "") else CALLBACK_POLLING
+
+
+# Clients repeat themselves: the head of a connect mostly is that of the last one, to the byte.  So some are kept; not
+# the long ones, or a few hundred requests could fill the memory for good.
+parse_kept_head = lru_cache(maxsize=HEADS_KEPT)(parse_head)
 
 
 class ChunkedBody:
@@ -2999,8 +3090,8 @@ class ChunkedBody:
 class HttpExchange(Exchange):
     """A POST or a JSONP GET, and how its answer is dressed."""
 
-    __slots__ = ("_callback", "_connection", "_cookie", "_headers", "_http", "_is_secure", "_new_browser",
-                 "_request_is_last", "_version", "address", "is_counted", "is_large", "may_hold", "transport")
+    __slots__ = ("_callback", "_connection", "_cookie", "_headers", "_http", "_is_last", "_is_secure", "_new_browser",
+                 "_version", "address", "is_counted", "is_large", "may_hold", "transport")
 
     def __init__(self, http_transport: HttpTransport, connection: Connection, request: Request,
                  callback: str | None) -> None:
@@ -3013,7 +3104,7 @@ class HttpExchange(Exchange):
         self.is_counted = True                  # among the open requests of its address
         self._http = http_transport
         self._connection = connection
-        self._request_is_last = not request.wants_keep_alive
+        self._is_last = not request.wants_keep_alive
         self._headers = request.cors
         self._version = request.version
         self._callback = callback
@@ -3037,18 +3128,18 @@ class HttpExchange(Exchange):
     def give_up(self) -> None:
         self._connection.abort()
 
-    def send(self, answer: Answer) -> bool | None:
-        batch = answer.batch()
-        if self._http.logger.isEnabledFor(logging.DEBUG):
-            self._http.logger.debug("to %s: %.1000s", self.address, batch)
-        is_last = self._request_is_last or self._http.is_stopping
-        headers = self._headers + connection_header(self._version, is_last)
+    def pack(self, answer: Answer) -> bytes:
+        self._is_last = self._is_last or self._http.is_stopping
+        headers = self._headers
+        if self._is_last or self._version < (1, 1):
+            headers += connection_header(self._version, self._is_last)
         if self._new_browser:
             headers += browser_cookie(self._new_browser, self._is_secure)
-        data = batch_answer(200, batch, headers, self._callback, self.comment_filtered)
+        return batch_answer(200, answer.batch(), headers, self._callback, self.comment_filtered)
+
+    def send(self, answer: Answer) -> bool | None:
         self._http.end_request(self)
-        return self._connection.write(data, is_last=is_last,
-                                      when_written=partial(self._http.core.settle_later, answer))
+        return self._connection.write(answer.packet, None, self._is_last, self._http.core.settle_later, answer)
 
 
 class HttpStream(Stream):
@@ -3072,15 +3163,12 @@ class HttpStream(Stream):
         self._http.end_request(self)
 
     def send(self, answer: Answer) -> bool | None:
-        if self._http.logger.isEnabledFor(logging.DEBUG):
-            self._http.logger.debug("to %s: %.1000s", self.address, answer.batch())
-        is_written = self._connection.push(self._packet(answer),
-                                           when_written=partial(self._http.core.settle_later, answer))
+        is_written = self._connection.push(answer.packet, False, self._http.core.settle_later, answer)
         if is_written is False:                 # it is closing: its sessions must find another way
             self._http.core.detach(self)
         return is_written
 
-    def _packet(self, answer: Answer) -> bytes:
+    def pack(self, answer: Answer) -> bytes:
         if answer.replies or not isinstance(answer.events, Parcel):
             return self._packed(answer.batch().encode("utf-8"))
         packets, kind = answer.events.packets, type(self)
@@ -3132,11 +3220,6 @@ class WebSocket(HttpStream):
     @staticmethod
     def _packed(batch: bytes) -> bytes:
         return frame(TEXT_FRAME, batch)
-
-    def send(self, answer: Answer) -> bool | None:
-        if not answer.replies and not answer.events:
-            return True
-        return super().send(answer)
 
     def consume(self, connection: Connection) -> None:
         data, connection.input = connection.input, b""
@@ -3203,6 +3286,9 @@ class SocketExchange(Exchange):
     def give_up(self) -> None:
         self.stream.give_up()
 
+    def pack(self, answer: Answer) -> bytes:
+        return self.stream.pack(answer)
+
     def send(self, answer: Answer) -> bool | None:
         return self.stream.send(answer)
 
@@ -3229,6 +3315,14 @@ def http_date(now: int) -> str:
     return email.utils.formatdate(now, usegmt=True)
 
 
+@lru_cache(maxsize=16)
+def batch_head(status: int, content_type: str, headers: str, now: int) -> bytes:
+    """What stands before the length of the body: most answers of a second have it in common."""
+    return (f"HTTP/1.1 {status} {REASONS[status]}\r\nContent-Type: {content_type}; charset=utf-8\r\n"
+            f"Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\nDate: {http_date(now)}\r\n"
+            f"{headers}").encode("latin-1")
+
+
 def batch_answer(status: int, batch: str, headers: str = "", callback: str | None = None,
                  comment_filtered: bool = False, has_body: bool = True) -> bytes:
     """A whole HTTP response that carries the batch, as JSON, as a script or as a comment."""
@@ -3242,10 +3336,8 @@ def batch_answer(status: int, batch: str, headers: str = "", callback: str | Non
         batch = "/*{}*/".format(batch.replace("*", "\\u002a"))
         content_type = "text/json-comment-filtered"
     body = batch.encode("utf-8")
-    head = (f"HTTP/1.1 {status} {REASONS[status]}\r\nContent-Type: {content_type}; charset=utf-8\r\n"
-            f"Content-Length: {len(body)}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
-            f"Date: {http_date(int(time.time()))}\r\n{headers}\r\n")
-    return head.encode("latin-1") + (body if has_body else b"")
+    head = batch_head(status, content_type, headers, int(time.time()))
+    return b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), body if has_body else b"")
 
 
 class HttpTransport:
@@ -3264,33 +3356,28 @@ class HttpTransport:
     # -- What connections tell -------------------------------------------------------------
 
     def consume(self, connection: Connection) -> None:
-        """Bytes have come."""
+        """Bytes have come.  Requests on one connection are answered in turn: a held connect is answered first."""
         try:
-            self._take_requests(connection)
+            for _ in range(REQUESTS_AT_ONCE):
+                if isinstance(connection.exchange, HttpExchange):
+                    self.core.answer_now(connection.exchange)
+                if connection.exchange is not None:
+                    return                      # its answer is being made; the connection is resumed after it
+                request = self._next_request(connection)
+                if request is None:
+                    return
+                connection.deadline = math.inf  # from here the time is ours, not the client's
+                self._respond(connection, request)
+                is_free = connection.input and not connection.is_closing and not connection.output
+                if not is_free or not self._watch.is_led_here():
+                    return
+                if connection.protocol is not self:
+                    break                       # it has been upgraded, and its new protocol has input already
+            self._watch.resume(connection)
+        except HTTPFault as fault:              # not even a whole request
+            self._refuse(connection, connection.request, fault, is_last=True)
         finally:
             self._watch.give_back(connection)
-
-    def _take_requests(self, connection: Connection) -> None:
-        """Requests on one connection are answered in turn: a held connect is answered first."""
-        for _ in range(REQUESTS_AT_ONCE):
-            if isinstance(connection.exchange, HttpExchange):
-                self.core.answer_now(connection.exchange)
-            if connection.exchange is not None:
-                return                          # its answer is being made; the connection is resumed after it
-            try:
-                request = self._next_request(connection)
-            except HTTPFault as fault:
-                return self._refuse(connection, connection.request, fault, is_last=True)
-            if request is None:
-                return
-            connection.deadline = math.inf      # from here the time is ours, not the client's
-            self._respond(connection, request)
-            is_free = connection.input and not connection.is_closing and not connection.output
-            if not is_free or not self._watch.is_led_here():
-                return
-            if connection.protocol is not self:
-                break                           # it has been upgraded, and its new protocol has input already
-        self._watch.resume(connection)
 
     def expired(self, connection: Connection) -> None:
         if not connection.input and connection.request is None:
@@ -3325,20 +3412,20 @@ class HttpTransport:
             if end < 0:
                 return self._check_beginning(connection)
             head, connection.input = connection.input[:end], connection.input[end + 4:]
-            request = connection.request = parse_head(head.decode("latin-1"))
-            request.is_secure = isinstance(connection, TLSConnection)
-            request.address = self._client_address(connection, request)
+            parse = parse_kept_head if end <= LONGEST_KEPT else parse_head
+            request = connection.request = Request(*parse(head))
+            request.is_secure = connection.is_secure
+            request.address = self._client_address(connection, request) if self._proxies else connection.address
             self._expect_body(connection, request)
         if request.chunks is not None:
             connection.input = request.chunks.feed(connection.input)
             if not request.chunks.is_complete:
                 return None
             request.body = bytes(request.chunks.body)
-        elif request.missing:
-            self._read_body(connection, request)
-            if request.missing:
-                return None
-            request.body = bytes(request.body)
+        elif len(connection.input) >= request.missing and not request.body:     # one read brought it all, mostly
+            request.body, connection.input = connection.input[:request.missing], connection.input[request.missing:]
+        elif not self._read_more(connection, request):
+            return None
         connection.request = None
         return request
 
@@ -3371,7 +3458,7 @@ class HttpTransport:
                 raise HTTPFault(501, "chunked is the only Transfer-Encoding known here")
             request.chunks = ChunkedBody(limit)
         elif length is not None:
-            if not CONTENT_LENGTH.fullmatch(length):
+            if not (length.isascii() and length.isdigit() and len(length) <= MAX_LENGTH_DIGITS):
                 raise HTTPFault(400, "Bad Content-Length")
             request.missing = int(length)
             if request.missing > limit:
@@ -3384,14 +3471,16 @@ class HttpTransport:
                 connection.write_interim(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     @staticmethod
-    def _read_body(connection: Connection, request: Request) -> None:
+    def _read_more(connection: Connection, request: Request) -> bool:
+        """Collect a body that comes in parts; whether it is complete."""
         part, connection.input = connection.input[:request.missing], connection.input[request.missing:]
+        request.body = request.body or bytearray()
+        request.body += part
         request.missing -= len(part)
-        if not request.body and not request.missing:
-            request.body = part                 # the usual case: one read brought it all
-        else:
-            request.body = request.body or bytearray()
-            request.body += part
+        if request.missing:
+            return False
+        request.body = bytes(request.body)
+        return True
 
     def _client_address(self, connection: Connection, request: Request) -> str:
         """The peer, or, where that is a trusted proxy, whom it speaks for: the last it tells that is no proxy.
@@ -3399,10 +3488,9 @@ class HttpTransport:
         Whoever is no trusted proxy may write into X-Forwarded-For what he likes.
         """
         address = connection.address
-        if self._proxies:
-            forwarded = [each.strip() for each in request.headers.get("x-forwarded-for", "").split(",")]
-            while forwarded and self._is_proxy(address):
-                address = forwarded.pop() or address
+        forwarded = [each.strip() for each in request.headers.get("x-forwarded-for", "").split(",")]
+        while forwarded and self._is_proxy(address):
+            address = forwarded.pop() or address
         return address
 
     def _is_proxy(self, address: str) -> bool:
@@ -3447,7 +3535,7 @@ class HttpTransport:
             callback, has_body, version = None, True, (1, 1)
             if request is not None:
                 headers += request.cors
-                callback = self._callback(request) if transport_of(request) == CALLBACK_POLLING else None
+                callback = self._callback(request) if request.transport == CALLBACK_POLLING else None
                 has_body, version = request.method != "HEAD", request.version
             headers += connection_header(version, is_last)
             connection.write(batch_answer(fault.status, fault.batch(), headers, callback, has_body=has_body),
@@ -3464,12 +3552,11 @@ class HttpTransport:
             return self._answer_preflight(connection, request)
         if request.method not in ("POST", "GET"):
             raise HTTPFault(405, "Bayeux comes by POST, or by GET as JSONP", Allow="GET, OPTIONS, POST")
-        transport = transport_of(request)
-        if transport == WEBSOCKET:
+        if request.transport == WEBSOCKET:
             return self._upgrade(connection, request)
-        if transport == EVENTSOURCE:
+        if request.transport == EVENTSOURCE:
             return self._open_event_stream(connection, request)
-        if transport == CALLBACK_POLLING:
+        if request.transport == CALLBACK_POLLING:
             callback: str | None = self._callback(request)
             if callback is None:
                 raise HTTPFault(400, f"jsonp must be a dotted name of at most {MAX_CALLBACK_LENGTH} characters")
@@ -3492,7 +3579,7 @@ class HttpTransport:
     def _upgrade(self, connection: Connection, request: Request) -> None:
         """(RFC 6455, "Reading the Client's Opening Handshake").  A subprotocol is none of ours, and not selected."""
         headers = request.headers
-        if "upgrade" not in request.connection_options or request.version < (1, 1):
+        if "upgrade" not in connection_options(headers) or request.version < (1, 1):
             raise HTTPFault(400, "Upgrade needs Connection - Upgrade, and HTTP/1.1")
         if headers.get("sec-websocket-version") != "13":
             raise HTTPFault(426, "Version 13 of WebSocket is spoken here", Upgrade="websocket",
@@ -3523,14 +3610,14 @@ class HttpTransport:
             connection.push(b"", is_last=True)
 
     def _begin_request(self, exchange: HttpExchange | HttpStream, messages: Iterable = (None,)) -> None:
-        retry_after, limit = str(BUSY_RETRY), self.options.client_max_connections
+        limit = self.options.client_max_connections
         if self.is_stopping:
-            raise HTTPFault(503, "The server is stopping", messages, Retry_After=retry_after)
+            raise HTTPFault(503, "The server is stopping", messages, Retry_After=str(BUSY_RETRY))
         if limit:
             with self.core.lock:
                 if self._open_requests[exchange.address] >= limit:
                     raise HTTPFault(503, f"More than {limit} requests at once from {exchange.address}", messages,
-                                    Retry_After=retry_after)
+                                    Retry_After=str(BUSY_RETRY))
                 self._open_requests[exchange.address] += 1
 
     def end_request(self, exchange: HttpExchange | HttpStream) -> None:
@@ -3645,14 +3732,6 @@ class HttpTransport:
         is_written = connection.write(head + (body if has_body else b""), source, is_last)
         if is_written is False and source is not None:
             source.close()
-
-
-def transport_of(request: Request) -> str:
-    if request.method != "GET":
-        return LONG_POLLING
-    if "websocket" in request.headers.get("upgrade", "").lower():
-        return WEBSOCKET
-    return EVENTSOURCE if "text/event-stream" in request.headers.get("accept", "") else CALLBACK_POLLING
 
 
 def post_messages(request: Request) -> list[bytes | str]:
@@ -4052,7 +4131,7 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         self.watch = Watch(self.socket, self._handle_request_noblock, self._deliver_before_reading,
                            self._handler_threads, options.request_timeout, self.logger)
         self.core = Bayeux(options, self.logger, self._handler_threads.run, self.watch.step_aside,
-                           self._deliver_here)
+                           self._deliver_here, self.watch.after_next_look)
         self.http = HttpTransport(options, self.core, self.watch, self.logger)
         self._wait = LongPollWait(self.core)
         self._state = threading.Lock()

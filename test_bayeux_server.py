@@ -2028,6 +2028,105 @@ class TestPublish:
         assert set(core.core.registry._subscribers) == {"/a"}
 
 
+class TestPostponedReplies:
+    """A thread that reads more before it sleeps lets the reply to a publish wait for what else has come."""
+
+    @pytest.fixture
+    def jobs(self, core):
+        """What the core wants to have done after the next look."""
+        jobs = []
+        core.core._after_next_look = lambda job: jobs.append(job) or True
+        return jobs
+
+    @pytest.fixture
+    def publisher(self, core):
+        return core.handshake()
+
+    @staticmethod
+    def event(client_id, **fields):
+        return {"channel": "/a", "clientId": client_id, "data": 1, **fields}
+
+    def test_the_reply_leaves_after_the_next_look(self, core, jobs, publisher):
+        exchange = core.send(self.event(publisher, id="1"))
+        assert exchange.answer is None
+        job, = jobs
+        job()
+        assert exchange.answer == [{"channel": "/a", "successful": True, "id": "1"}]
+
+    def test_the_event_does_not_wait(self, core, jobs, publisher):
+        subscriber = core.handshake()
+        core.subscribe(subscriber, "/a")
+        held = core.hold(subscriber)
+        exchange = core.send(self.event(publisher))
+        core.work()
+        assert held.answer[1]["data"] == 1 and exchange.answer is None
+
+    def test_each_look_brings_one_of_them_in_order(self, core, jobs, publisher):
+        first, second = core.send(self.event(publisher)), core.send(self.event(publisher))
+        jobs.pop()()
+        assert first.answer and second.answer is None
+        jobs.pop()()
+        assert second.answer
+
+    def test_no_answer_overtakes_it(self, core, jobs, publisher):
+        """CometD's client gives up all that is open once it has its reply to a disconnect."""
+        order = []
+
+        class Ordered(FakeExchange):
+            def send(self, answer):
+                order.append(json.loads(answer.batch())[0]["channel"])
+                return super().send(answer)
+
+        for message in self.event(publisher), {"channel": "/meta/disconnect", "clientId": publisher}:
+            core.core.receive([message], Ordered(core.core))
+        assert order == ["/a", "/meta/disconnect"]
+        for job in jobs:
+            job()                               # there is nothing left to do, and it does nothing
+        assert len(order) == 2
+
+    @pytest.mark.parametrize("message", [
+        {"channel": "/meta/ping"}, {"channel": "/meta/subscribe", "subscription": "/b"},
+        {"channel": "/service/none"}, {"channel": "/a"},
+        {"channel": "/meta/connect", "connectionType": "long-polling", "advice": {"timeout": 0}}])
+    def test_only_publishes_wait(self, core, jobs, publisher, message):
+        """/a without data is refused, and whoever is refused hears it at once."""
+        core.core.services["/service/none"] = lambda *arguments: None
+        assert core.send({**message, "clientId": publisher}).answer
+        assert core.send(self.event(publisher), {**message, "clientId": publisher}).answer
+        assert not jobs
+
+    def test_on_a_stream_it_does_not_wait(self, core, jobs, publisher):
+        """Its subscribers need not come back for an event."""
+        exchange = FakeExchange(core.core)
+        exchange.stream = FakeStream()
+        core.core.receive([self.event(publisher)], exchange)
+        assert exchange.answer and not jobs
+
+    def test_it_does_not_wait_for_many(self, core, jobs, publisher):
+        """Who publishes to thousands is told before they are."""
+        for _ in range(bayeux_server.FEW_ANSWERS + 1):
+            client_id = core.handshake()
+            core.subscribe(client_id, "/a")
+            core.hold(client_id)
+        assert core.send(self.event(publisher)).answer and not jobs
+
+    def test_a_thread_that_does_not_lead_answers_at_once(self, server):
+        assert server.watch.after_next_look(pytest.fail) is False
+
+    def test_it_comes_though_nothing_else_does(self, server):
+        with Peer(server) as peer:
+            for number in range(3):
+                reply, = peer.side.post(self.event(peer.id, id=number))
+                assert reply == {"channel": "/a", "successful": True, "id": number}
+
+    def test_it_comes_where_the_connection_has_more_to_say(self, server):
+        """Pipelined: what stands behind it is read when it has left."""
+        with Peer(server) as peer:
+            peer.side.send(whole_post(self.event(peer.id, id=1)) + whole_post(self.event(peer.id, id=2))
+                           + whole_post({**PING, "id": 3}))
+            assert [peer.side.read_answer().batch[0]["id"] for _ in range(3)] == [1, 2, 3]
+
+
 class TestPublishingCosts:
 
     class Crowd(dict):
@@ -3477,11 +3576,17 @@ class TestLongPollWait:
         at_once(publish, fetch)
         assert received == list(range(600))
 
-    def test_an_answer_that_fails_harms_no_other(self, waiting, errors):
+    @pytest.mark.parametrize("step", ["pack", "send"])
+    def test_an_answer_that_fails_harms_no_other(self, waiting, errors, step):
         """DESIGN: all answers leave here, so a failure of one must not be the end of all."""
         class Failing(FakeExchange):
             def send(self, answer):
-                raise RuntimeError("send")
+                pytest.fail("it could not be packed")
+
+        def fail(*arguments):
+            raise RuntimeError(step)
+
+        setattr(Failing, step, fail)
 
         peer = waiting()
         unlucky, lucky = peer.handshake(), peer.handshake()
@@ -3495,7 +3600,28 @@ class TestLongPollWait:
         peer.core.publish("/a", 2)
         assert len(second.wait()) == 2 and peer.wait_thread.is_alive()
         wait_until(lambda: errors.records)
-        assert all("send" in line for line in errors.take())
+        assert all(step in line for line in errors.take())
+
+    def test_all_are_packed_before_the_first_is_sent(self, core):
+        """Little is to stand between one system call and the next."""
+        steps = []
+
+        class Stepwise(FakeExchange):
+            def pack(self, answer):
+                steps.append("pack")
+                return super().pack(answer)
+
+            def send(self, answer):
+                steps.append("send")
+                return super().send(answer)
+
+        for _ in range(3):
+            client_id = core.handshake()
+            core.subscribe(client_id, "/a")
+            core.core.receive([core.connect_message(client_id)], Stepwise(core.core))
+        core.core.publish("/a", 1)
+        bayeux_server.LongPollWait(core.core).deliver()
+        assert steps == ["pack"] * 3 + ["send"] * 3
 
     def test_answers_leave_while_others_are_being_made(self, waiting):
         """§7: what piles up while one is sent leaves together."""
@@ -4600,6 +4726,16 @@ class TestRequests:
     CHUNKED = (raw_post(b"", "Transfer-Encoding: chunked")
                + b"5;name=value\r\n" + BODY[:5] + b"\r\n" + f"{len(BODY) - 5:X}\r\n".encode() + BODY[5:] + b"\r\n")
 
+    def test_heads_are_kept_only_if_they_are_short_and_right(self, server):
+        """Each may be kept for good, so that long ones would be a way to fill the memory."""
+        kept = bayeux_server.parse_kept_head
+        kept.cache_clear()
+        for line, is_kept in ((f"X: {'y' * bayeux_server.LONGEST_KEPT}", False), ("Bad", False), ("X: short", True)):
+            with Wire(server) as wire:
+                wire.send(raw_post(self.BODY, line, f"Content-Length: {len(self.BODY)}"))
+                assert wire.read_answer().batch
+            assert kept.cache_info().currsize == is_kept
+
     @pytest.mark.parametrize("data, status", [
         (raw_post(BODY, "Content-Length: 5", "Content-Length: 5"), 400),
         (raw_post(BODY, "Content-Length: 5", "Content-Length: 6"), 400),
@@ -5471,6 +5607,21 @@ class TestContentHandlers:
         assert (request.version, request.headers["x-own"], request.body) == ((1, 1), "yes", b"the body")
         assert (request.address, request.is_secure) == ("127.0.0.1", False)
 
+    def test_what_a_handler_does_to_its_request_is_not_seen_by_the_next(self, serve):
+        """Requests that begin alike are read once; each has its own headers all the same."""
+        seen = []
+
+        def handler(request):
+            seen.append(dict(request.headers))
+            request.headers["x-own"] = "changed"
+            request.headers["x-more"] = "more"
+            return b""
+
+        with Wire(serve(content_handlers={"/a": handler})) as wire:
+            for _ in range(2):
+                wire.request("GET", "/a", X_Own="yes")
+        assert seen[0] == seen[1] and seen[0]["x-own"] == "yes"
+
     def test_the_longest_prefix_wins(self, serve):
         server = serve(content_handlers={"/": lambda request: "root", "/a": lambda request: "a",
                                          "/a/b": lambda request: "a/b"})
@@ -6152,7 +6303,7 @@ class TestWebSocket:
         with SocketPeer(server) as peer:
             peer.subscribe("/a")
             sent, send = [], server.core.send
-            server.core.send = lambda answer: sent.append(answer) or send(answer)
+            server.core.send = lambda answers: sent.extend(answers) or send(answers)
             peer.send_frame(CLOSE_FRAME, b"\x03\xe8")
             assert peer.read_frame() == (CLOSE_FRAME, b"\x03\xe8")
             server.publish("/a", "x")               # the socket is still open on our side
@@ -6482,6 +6633,18 @@ class TestStream:
         core.core.settle_later(answer, True)
         core.work()
         assert stream.data == [[2, 3]]
+
+    def test_a_session_ends_in_time_though_a_frame_was_long_in_flight(self, core):
+        """C5: meanwhile it was not looked at."""
+        client_id = self.begin(core, FakeStream())
+        core.core.publish("/a", 1)
+        with core.core.condition:
+            answer, = core.core.take_answers(10)
+        core.pass_time(core.core.options.connect_timeout + 1)
+        assert client_id in core.core.sessions
+        core.core.settle_later(answer, True)
+        core.work()
+        assert client_id not in core.core.sessions
 
     def test_a_connect_over_another_transport_takes_the_events_away(self, core):
         stream = FakeStream()
@@ -7065,6 +7228,17 @@ class TestLazy:
         assert stream.data == []
         core.pass_time(1.1)
         assert stream.data == [[1]]
+
+    def test_on_a_stream_with_a_frame_in_flight(self, core, client_id):
+        stream = FakeStream()
+        core.core.attach(client_id, stream)
+        core.core.publish("/a", 1)
+        with core.core.condition:
+            answer, = core.core.take_answers(10)
+        core.core.publish("/slow", 2)
+        core.core.settle_later(answer, True)
+        core.pass_time(5.1)
+        assert stream.data == [[2]]
 
     def test_on_a_stream_that_is_opened_while_they_wait(self, core, client_id):
         core.core.publish("/slow", 1)
@@ -7686,6 +7860,9 @@ class TestServer:
             server.shutdown()
             sizes[debug] = (tmp_path / f"log of {debug}").stat().st_size
         assert sizes[True] > sizes[False]
+        lines = (tmp_path / "log of True").read_text().splitlines()
+        for way in "from", "to":
+            assert any(f"{way} 127.0.0.1: " in line and "/meta/handshake" in line for line in lines)
 
     def test_the_service_decorator_returns_its_function(self, server):
         def add(message):
