@@ -363,8 +363,8 @@ def decode_json(body: bytes | str) -> Any:
         text = (body.encode("utf-8") if isinstance(body, str) else body).decode("utf-8")
         if text.count("[") + text.count("{") > MAX_JSON_DEPTH and json_depth(text) > MAX_JSON_DEPTH:
             raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}")
-        text = text.strip(JSON_WHITESPACE)
-        value, end = JSON_DECODER.raw_decode(text)
+        text = text.rstrip(JSON_WHITESPACE)
+        value, end = JSON_DECODER.raw_decode(text, len(text) - len(text.lstrip(JSON_WHITESPACE)))
         if end < len(text):
             raise json.JSONDecodeError("Extra data", text, end)
         if "\\ud" in text or "\\uD" in text:
@@ -1700,8 +1700,7 @@ class Bayeux:
             session.lease = self.clock() + self.options.connect_timeout
         if session.is_urgent:
             self.make_ready(session)
-        if answer.replies or session.timer is None or session.lazy_deadline != math.inf:
-            self._schedule(session)     # else it had its deadline before the answer, and has it still
+        self._schedule(session)
 
     def send(self, answers: Sequence[Answer]) -> list[tuple[Answer, bool]]:
         """Send them, without the lock.  Those whose fate is known come back, with whether they were written.
@@ -1726,6 +1725,7 @@ class Bayeux:
                 self.logger.exception("an answer could not be sent")
                 answer.exchange.give_up()
                 is_written = True
+            answer.packet = None            # what a slow reader has not taken yet, its connection keeps
             if is_written is not None:
                 fates.append((answer, is_written))
         return fates
@@ -2675,6 +2675,7 @@ class Watch:
     def step_aside(self) -> None:
         """Called where this thread may be a while.  If it leads, another takes over, without this connection."""
         if self._leader == threading.get_ident():
+            self._do_jobs(len(self._jobs))      # the next leader may have to wait for a thread
             if self._current is not None:
                 self._current.is_handled = True
                 self._watch_for(self._current, 0)
@@ -2729,8 +2730,7 @@ class Watch:
                     self._is_awake = False      # after the reading: a wake in between finds us awake
                 if self._leader != me:
                     return                      # what was not attended to is seen again by the next leader
-            for _ in range(jobs):
-                self._jobs.popleft()()
+            self._do_jobs(jobs)
             for _ in range(len(self._resumed)):
                 self._attend(self._resumed.popleft(), self._look_again)
                 if self._leader != me:
@@ -2739,7 +2739,12 @@ class Watch:
                 self._sweep()
                 if self._leader != me:
                     return
+        self._do_jobs(len(self._jobs))
         self.close_all()
+
+    def _do_jobs(self, count: int) -> None:
+        for _ in range(min(count, len(self._jobs))):
+            self._jobs.popleft()()
 
     def _has_more_to_deliver(self) -> bool:
         """Deliver, first; what goes wrong must not take the leader away from the others."""
@@ -2766,6 +2771,7 @@ class Watch:
         elif connection.watched & ready:        # else it was closed, or handed over, since the selector saw it
             data = connection.receive()
             if data == b"":
+                self._do_jobs(len(self._jobs))      # a client that says no more may wait for an answer
                 self.close(connection)
             elif data is not None and not connection.is_closing:
                 connection.input = connection.input + data if connection.input else data
@@ -3568,6 +3574,8 @@ class HttpTransport:
         self._begin_request(exchange, messages)
         connection.exchange = exchange
         self.core.receive(messages, exchange)
+        if exchange.is_counted and exchange.hold is None:
+            self.end_request(exchange)      # handled, though its reply may leave a little later
         exchange.forget_cookie()
 
     @staticmethod
