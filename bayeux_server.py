@@ -323,7 +323,6 @@ def object_of_unique_keys(pairs: list) -> dict:
     return fields
 
 
-JSON_WHITESPACE = " \t\n\r"
 JSON_DECODER = json.JSONDecoder(object_pairs_hook=object_of_unique_keys, parse_constant=refuse_constant,
                                 parse_float=finite_float, parse_int=moderate_int)
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -363,10 +362,7 @@ def decode_json(body: bytes | str) -> Any:
         text = (body.encode("utf-8") if isinstance(body, str) else body).decode("utf-8")
         if text.count("[") + text.count("{") > MAX_JSON_DEPTH and json_depth(text) > MAX_JSON_DEPTH:
             raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}")
-        text = text.rstrip(JSON_WHITESPACE)
-        value, end = JSON_DECODER.raw_decode(text, len(text) - len(text.lstrip(JSON_WHITESPACE)))
-        if end < len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
+        value = JSON_DECODER.decode(text)
         if "\\ud" in text or "\\uD" in text:
             encode_json(value)
         return value
@@ -598,8 +594,8 @@ class Exchange:
         """No answer can be made; the client must not wait for one."""
 
     def pack(self, answer: Answer) -> bytes:
-        """The bytes in which the answer leaves; an exchange within this process needs none."""
-        return b""
+        """The bytes in which the answer leaves."""
+        raise TypeError(f"{type(self).__name__} has no way to pack")
 
     def send(self, answer: Answer) -> bool | None:
         """Write the answer's packet, without blocking.  True: written; False: lost; None: settled later."""
@@ -749,8 +745,7 @@ class Session:
             self.queue += events
         else:
             self.queue = [*self.queue, *events]
-        limit = core.options.max_queue
-        if len(self.queue) > limit or (self.acknowledgement is not None and self.waiting > limit):
+        if self.waiting > core.options.max_queue:
             core.overfull.append(self)
         elif events[0].is_lazy:
             core.delay(self)
@@ -804,8 +799,7 @@ class Session:
 
     @property
     def can_take_events(self) -> bool:
-        has_way = self.hold is not None or (self.stream is not None and self.acknowledgement is None)
-        return has_way and not self.in_flight
+        return (self.hold is not None or self.uses_stream) and not self.in_flight
 
     @property
     def deadline(self) -> float | None:
@@ -966,7 +960,6 @@ class Bayeux:
         self._lazy_patterns = frozenset(options.lazy_channels)
         self.connection_types = CONNECTION_TYPES + ((CROSS_ORIGIN,) if options.allowed_origins else ())
         self._outgoing = [each.outgoing for each in reversed(options.extensions) if hasattr(each, "outgoing")]
-        self._adds_to_replies = bool(self._outgoing or options.timestamp)
         self._meta = {HANDSHAKE: self._handshake, CONNECT: self._connect, DISCONNECT: self._disconnect,
                       SUBSCRIBE: self._subscribe, UNSUBSCRIBE: self._unsubscribe, PING: self._ping}
 
@@ -1052,7 +1045,7 @@ class Bayeux:
 
     def _handle(self, session: Session | None, message: dict, turn: Turn) -> list[str]:
         channel = message["channel"]
-        handler = self._meta.get(channel) or self._handler(channel)
+        handler = self._handler(channel)
         if channel != HANDSHAKE:
             if session is None:
                 session = self._unknown_client(message, turn, may_be_anonymous=(
@@ -1065,6 +1058,8 @@ class Bayeux:
         return handler(session, message, turn)
 
     def _handler(self, channel: str) -> Callable[[Any, dict, Turn], list[str]]:
+        if channel in self._meta:
+            return self._meta[channel]
         if channel.startswith(META):
             raise BayeuxError(404, channel, "Unknown channel")
         if not is_channel_name(channel):
@@ -1119,9 +1114,7 @@ class Bayeux:
 
     def _finish(self, session: Session | None, message: dict, reply: dict | None = None,
                 number: int | None = None) -> list[str]:
-        """The text of a reply that leaves now.  Most say no more than that all went well."""
-        if reply is None and number is None and "ext" not in message and not self._adds_to_replies:
-            return [success_text(message["channel"], message.get("id"))]
+        """The text of a reply that leaves now."""
         text = self._reply_text(session, message, reply)
         late = self._late_fields(self._timesync(message), number)
         return [with_fields(text, late) if late else text]
@@ -1241,8 +1234,7 @@ class Bayeux:
             raise BayeuxError(400, CONNECT, f"connectionType must be {' or '.join(self.connection_types)}")
         if turn.connecting is not None:
             raise BayeuxError(409, CONNECT, "One connect a request")
-        if self.options.max_inactivity:
-            self._end_inactive(session)
+        self._end_inactive(session)
         advice = self._connect_advice(session, message, turn)
         patience = self._patience(session, message, turn)
         reply = self._success(message, advice=advice) if advice else None
@@ -1301,7 +1293,8 @@ class Bayeux:
 
     def _end_inactive(self, session: Session) -> None:
         """(CometD's activity extension): a page that was left open only sends heart-beats."""
-        if self.clock() - session.active > self.options.max_inactivity:
+        limit = self.options.max_inactivity
+        if limit and self.clock() - session.active > limit:
             with self.lock:
                 self.end_session(session, ENDED_INACTIVE)
             raise BayeuxError(402, session.id or "", f"Session ended by {ENDED_INACTIVE}",
@@ -1648,8 +1641,7 @@ class Bayeux:
     def take_answers(self, limit: int) -> list[Answer]:
         """What is to be sent now, up to limit, in the order in which it came into line."""
         assert self.lock.locked()
-        if self.timers and self.timers[0][0] <= self.clock():
-            self._look_at_timers(limit)
+        self._look_at_timers(limit)
         answers: list[Answer] = []
         while self.ready and len(answers) < limit:
             first = self.ready.popleft()
@@ -1698,8 +1690,7 @@ class Bayeux:
                 session.is_urgent = True
         if answer.replies:              # a connect's; written or lost, now it is the client's turn
             session.lease = self.clock() + self.options.connect_timeout
-        if session.is_urgent:
-            self.make_ready(session)
+        self.make_ready(session)
         self._schedule(session)
 
     def send(self, answers: Sequence[Answer]) -> list[tuple[Answer, bool]]:
@@ -2675,7 +2666,7 @@ class Watch:
     def step_aside(self) -> None:
         """Called where this thread may be a while.  If it leads, another takes over, without this connection."""
         if self._leader == threading.get_ident():
-            self._do_jobs(len(self._jobs))      # the next leader may have to wait for a thread
+            self._do_jobs()      # the next leader may have to wait for a thread
             if self._current is not None:
                 self._current.is_handled = True
                 self._watch_for(self._current, 0)
@@ -2684,10 +2675,10 @@ class Watch:
 
     def after_next_look(self, job: Callable[[], None]) -> bool:
         """Have the leader do something once it has seen what else has come.  False: this thread does not lead."""
-        is_led_here = self.is_led_here()
-        if is_led_here:
+        if self.is_led_here():
             self._jobs.append(job)
-        return is_led_here
+            return True
+        return False
 
     def give_back(self, connection: Connection) -> None:
         """Called when this thread is done with a connection: where it has stepped aside, the leader gets it back."""
@@ -2739,11 +2730,12 @@ class Watch:
                 self._sweep()
                 if self._leader != me:
                     return
-        self._do_jobs(len(self._jobs))
+        self._do_jobs()
         self.close_all()
 
-    def _do_jobs(self, count: int) -> None:
-        for _ in range(min(count, len(self._jobs))):
+    def _do_jobs(self, limit: float = math.inf) -> None:
+        """What was left for after the next look: the first few, or all."""
+        for _ in range(min(limit, len(self._jobs))):
             self._jobs.popleft()()
 
     def _has_more_to_deliver(self) -> bool:
@@ -2771,7 +2763,7 @@ class Watch:
         elif connection.watched & ready:        # else it was closed, or handed over, since the selector saw it
             data = connection.receive()
             if data == b"":
-                self._do_jobs(len(self._jobs))      # a client that says no more may wait for an answer
+                self._do_jobs()      # a client that says no more may wait for an answer
                 self.close(connection)
             elif data is not None and not connection.is_closing:
                 connection.input = connection.input + data if connection.input else data
@@ -2869,7 +2861,7 @@ REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20#\x7f-\xff]+) HTTP/(\d)\.(\d)
 FIELD_NAME = re.compile(TOKEN)
 FIELD_NAMES = re.compile(rf"{TOKEN}(?:[ \t]*,[ \t]*{TOKEN})*")
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
-MAX_LENGTH_DIGITS = 18                  # of a Content-Length; longer ones are quadratic to read
+CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
 #   RFC 9110, "Range Requests": one range, first-last, first- or -suffix
 BYTE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
@@ -2927,7 +2919,7 @@ class Request:
         self.version = version
         self.headers = headers.copy()                   # the application may change it; the head is kept for others
         self.wants_keep_alive = wants_keep_alive
-        self.transport = transport                      # by which it brings its batch, if it brings one
+        self.transport = transport
         self.body: bytes | bytearray = b""
         self.address = ""
         self.is_secure = False
@@ -2965,6 +2957,24 @@ class Response:
 def header_name(written: str) -> str | None:
     """In lower case; None if it is none.  (The cache spares five matches a request.)"""
     return written.lower() if FIELD_NAME.fullmatch(written) else None
+
+
+def connection_options(headers: dict[str, str]) -> list[str]:
+    return [each.strip() for each in headers.get("connection", "").lower().split(",")]
+
+
+def wants_keep_alive(version: tuple[int, int], headers: dict[str, str]) -> bool:
+    options = connection_options(headers)
+    return "close" not in options and (version >= (1, 1) or "keep-alive" in options)
+
+
+def transport_of(method: str, headers: dict[str, str]) -> str:
+    """How a request brings its batch, if it brings one."""
+    if method != "GET":
+        return LONG_POLLING
+    if "websocket" in headers.get("upgrade", "").lower():
+        return WEBSOCKET
+    return EVENTSOURCE if "text/event-stream" in headers.get("accept", "") else CALLBACK_POLLING
 
 
 def parse_head(data: bytes) -> tuple:
@@ -3005,23 +3015,6 @@ def parse_head(data: bytes) -> tuple:
     path = urllib.parse.unquote(raw_path) if "%" in raw_path else raw_path
     return (match[1], target, path, query, version, headers, wants_keep_alive(version, headers),
             transport_of(match[1], headers))
-
-
-def connection_options(headers: dict[str, str]) -> list[str]:
-    return [each.strip() for each in headers.get("connection", "").lower().split(",")]
-
-
-def wants_keep_alive(version: tuple[int, int], headers: dict[str, str]) -> bool:
-    options = connection_options(headers)
-    return "close" not in options and (version >= (1, 1) or "keep-alive" in options)
-
-
-def transport_of(method: str, headers: dict[str, str]) -> str:
-    if method != "GET":
-        return LONG_POLLING
-    if "websocket" in headers.get("upgrade", "").lower():
-        return WEBSOCKET
-    return EVENTSOURCE if "text/event-stream" in headers.get("accept", "") else CALLBACK_POLLING
 
 
 # Clients repeat themselves: the head of a connect mostly is that of the last one, to the byte.  So some are kept; not
@@ -3136,9 +3129,7 @@ class HttpExchange(Exchange):
 
     def pack(self, answer: Answer) -> bytes:
         self._is_last = self._is_last or self._http.is_stopping
-        headers = self._headers
-        if self._is_last or self._version < (1, 1):
-            headers += connection_header(self._version, self._is_last)
+        headers = self._headers + connection_header(self._version, self._is_last)
         if self._new_browser:
             headers += browser_cookie(self._new_browser, self._is_secure)
         return batch_answer(200, answer.batch(), headers, self._callback, self.comment_filtered)
@@ -3421,7 +3412,7 @@ class HttpTransport:
             parse = parse_kept_head if end <= LONGEST_KEPT else parse_head
             request = connection.request = Request(*parse(head))
             request.is_secure = connection.is_secure
-            request.address = self._client_address(connection, request) if self._proxies else connection.address
+            request.address = self._client_address(connection, request)
             self._expect_body(connection, request)
         if request.chunks is not None:
             connection.input = request.chunks.feed(connection.input)
@@ -3464,7 +3455,7 @@ class HttpTransport:
                 raise HTTPFault(501, "chunked is the only Transfer-Encoding known here")
             request.chunks = ChunkedBody(limit)
         elif length is not None:
-            if not (length.isascii() and length.isdigit() and len(length) <= MAX_LENGTH_DIGITS):
+            if not CONTENT_LENGTH.fullmatch(length):
                 raise HTTPFault(400, "Bad Content-Length")
             request.missing = int(length)
             if request.missing > limit:
@@ -3494,9 +3485,10 @@ class HttpTransport:
         Whoever is no trusted proxy may write into X-Forwarded-For what he likes.
         """
         address = connection.address
-        forwarded = [each.strip() for each in request.headers.get("x-forwarded-for", "").split(",")]
-        while forwarded and self._is_proxy(address):
-            address = forwarded.pop() or address
+        if self._proxies:
+            forwarded = [each.strip() for each in request.headers.get("x-forwarded-for", "").split(",")]
+            while forwarded and self._is_proxy(address):
+                address = forwarded.pop() or address
         return address
 
     def _is_proxy(self, address: str) -> bool:

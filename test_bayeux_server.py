@@ -81,6 +81,9 @@ class FakeExchange(bayeux_server.Exchange):
         self.browser = self.browser or "browser"
         return self.browser
 
+    def pack(self, answer):
+        return b""
+
     def send(self, answer):
         if self.is_broken:
             return False
@@ -4038,6 +4041,9 @@ class FakeStream(bayeux_server.Stream):
         super().__init__()
         self.batches = []
         self.outcome = True
+
+    def pack(self, answer):
+        return b""
 
     def send(self, answer):
         self.batches.append(json.loads(answer.batch()))
