@@ -617,6 +617,10 @@ class Stream(Exchange):
         super().__init__()
         self.sessions: dict[Session, None] = {}         # one mostly, but a socket may carry thousands
 
+    def feed(self, broadcast: Broadcast, session: Session) -> bool:
+        """Write the session's part of a broadcast.  False: not written yet, or lost; settling it is seen to."""
+        raise TypeError(f"{type(self).__name__} has no way to send")
+
 
 class Hold(NamedTuple):
     """A /meta/connect that waits for its answer."""
@@ -642,6 +646,11 @@ class Answer:
         self.late_fields = late_fields
         self.packet: bytes | None = None        # once its exchange has packed it
 
+    @property
+    def exchanges(self) -> list[Exchange]:
+        """All those on which it leaves."""
+        return [self.exchange]
+
     def batch(self) -> str:
         """The JSON array.  The reply to a plain connect is not encoded again: its text was made when it was held."""
         replies = self.replies
@@ -649,6 +658,26 @@ class Answer:
             replies = [with_fields(replies[0], self.late_fields())]
         texts = [self.events.text] if isinstance(self.events, Parcel) else [event.text for event in self.events]
         return f"[{','.join([*replies, *texts])}]"
+
+
+class Broadcast(Answer):
+    """The same events for several sessions, each on a stream of its own: packed once, and settled together.
+
+    Attributes:
+        kind: of the streams, which are all of one.
+        ways: the sessions, each with the stream that it had when the events were taken.
+    """
+
+    __slots__ = ("kind", "ways")
+
+    def __init__(self, stream: Stream, events: Sequence[Event]) -> None:
+        super().__init__(stream, [], None, events)
+        self.kind = type(stream)
+        self.ways: list[tuple[Session, Stream]] = []
+
+    @property
+    def exchanges(self) -> list[Exchange]:
+        return [stream for _, stream in self.ways]
 
 
 class Acknowledgement:
@@ -745,13 +774,16 @@ class Session:
             self.queue += events
         else:
             self.queue = [*self.queue, *events]
-        if self.waiting > core.options.max_queue:
+        limit = core.options.max_queue
+        if len(self.queue) > limit or (self.acknowledgement and self.waiting > limit):
             core.overfull.append(self)
         elif events[0].is_lazy:
             core.delay(self)
         elif not self.is_urgent:            # else it is ready already, or cannot be
             self.is_urgent = True
-            core.make_ready(self)
+            if self.can_take_events and not self.is_ready:
+                self.is_ready = True
+                core.ready.append(self)
 
     def forget(self, pattern: str) -> None:
         """The subscription is over.  Under the lock."""
@@ -1639,23 +1671,40 @@ class Bayeux:
             self.ready.append(session)
 
     def take_answers(self, limit: int) -> list[Answer]:
-        """What is to be sent now, up to limit, in the order in which it came into line."""
+        """What is to be sent now, up to limit, in the order in which it came into line.
+
+        Sessions in a row that get the same events, each on a stream, have one broadcast in common.
+        """
         assert self.lock.locked()
         self._look_at_timers(limit)
         answers: list[Answer] = []
-        while self.ready and len(answers) < limit:
+        max_frame_events = self.options.max_frame_events
+        broadcast: Broadcast | None = None      # the last of the answers, if it is one
+        for _ in range(min(limit, len(self.ready))):
             first = self.ready.popleft()
             if isinstance(first, Answer):
                 answers.append(first)
+                broadcast = None
                 continue
             first.is_ready = False
-            if first.queue and first.can_take_events:
+            stream, events = first.stream, first.queue
+            if not events or first.in_flight:
+                continue
+            if stream is not None and first.acknowledgement is None:
+                if len(events) > max_frame_events:
+                    events = self._take_events(first, max_frame_events)
+                else:                           # the same, written out: it is done for most of all deliveries
+                    first.queue, first.is_urgent, first.lazy_deadline, first.in_flight = (), False, math.inf, True
+                if broadcast is None or events is not broadcast.events or type(stream) is not broadcast.kind:
+                    broadcast = Broadcast(stream, events)
+                    answers.append(broadcast)
+                broadcast.ways.append((first, stream))
+            elif first.hold is not None:
                 answers.append(self._take_answer(first))
+                broadcast = None
         return answers
 
     def _take_answer(self, session: Session) -> Answer:
-        if session.uses_stream:
-            return Answer(session.stream, [], session, self._take_events(session, self.options.max_frame_events))
         limit = self.options.max_frame_events if session.stream is not None else None
         answer = self._take_hold(session.hold)
         answer.events = self._take_events(session, limit)
@@ -1680,18 +1729,27 @@ class Bayeux:
     def settle(self, answer: Answer, is_written: bool) -> None:
         """The answer has been written, or is known not to be: then its events wait for the next connect."""
         assert self.lock.locked()
-        session = answer.session
-        if session is None or session.ended:
-            return
-        if answer.events and not session.acknowledgement:
-            session.in_flight = False
-            if not is_written:
-                session.queue = [*answer.events, *session.queue]
-                session.is_urgent = True
-        if answer.replies:              # a connect's; written or lost, now it is the client's turn
-            session.lease = self.clock() + self.options.connect_timeout
-        self.make_ready(session)
-        self._schedule(session)
+        if isinstance(answer, Broadcast):
+            self._settle_events([session for session, _ in answer.ways], answer.events, is_written)
+        elif answer.session is not None:
+            if answer.replies:              # a connect's; written or lost, now it is the client's turn
+                answer.session.lease = self.clock() + self.options.connect_timeout
+            self._settle_events([answer.session], answer.events, is_written)
+            self._schedule(answer.session)
+
+    def _settle_events(self, sessions: Iterable[Session], events: Sequence[Event], is_written: bool) -> None:
+        assert self.lock.locked()
+        for session in sessions:
+            if events and not session.acknowledgement:
+                session.in_flight = False
+                if not is_written and not session.ended:
+                    session.queue = [*events, *session.queue]
+                    session.is_urgent = True
+            if session.queue:
+                self.make_ready(session)
+                self._schedule(session)
+            elif session.timer is None:     # it was looked at meanwhile, and had no deadline
+                self._schedule(session)
 
     def send(self, answers: Sequence[Answer]) -> list[tuple[Answer, bool]]:
         """Send them, without the lock.  Those whose fate is known come back, with whether they were written.
@@ -1704,22 +1762,43 @@ class Bayeux:
             try:
                 answer.packet = answer.exchange.pack(answer)
                 if is_logged:
-                    self.logger.debug("to %s: %.1000s", answer.exchange.address, answer.batch())
+                    for exchange in answer.exchanges:
+                        self.logger.debug("to %s: %.1000s", exchange.address, answer.batch())
             except Exception:
                 self.logger.exception("an answer could not be made")
-                answer.exchange.give_up()
+                for exchange in answer.exchanges:
+                    exchange.give_up()
         fates = []
         for answer in answers:
-            try:
-                is_written = answer.packet is None or answer.exchange.send(answer)
-            except Exception:
-                self.logger.exception("an answer could not be sent")
-                answer.exchange.give_up()
-                is_written = True
+            is_written: bool | None = True
+            if isinstance(answer, Broadcast):
+                self._broadcast(answer)
+            elif answer.packet is not None:
+                try:
+                    is_written = answer.exchange.send(answer)
+                except Exception:
+                    self.logger.exception("an answer could not be sent")
+                    answer.exchange.give_up()
             answer.packet = None            # what a slow reader has not taken yet, its connection keeps
             if is_written is not None:
                 fates.append((answer, is_written))
         return fates
+
+    def _broadcast(self, broadcast: Broadcast) -> None:
+        """Send it on all its streams.  It keeps the ways that are settled with it; the others see to themselves."""
+        if broadcast.packet is None:
+            return
+        done = []
+        for way in broadcast.ways:
+            session, stream = way
+            try:
+                if stream.feed(broadcast, session):
+                    done.append(way)
+            except Exception:
+                self.logger.exception("an answer could not be sent")
+                stream.give_up()
+                done.append(way)
+        broadcast.ways = done
 
     def settle_later(self, answer: Answer, is_written: bool) -> None:
         """settle, for who does not hold the lock."""
@@ -3164,6 +3243,17 @@ class HttpStream(Stream):
         if is_written is False:                 # it is closing: its sessions must find another way
             self._http.core.detach(self)
         return is_written
+
+    def feed(self, broadcast: Broadcast, session: Session) -> bool:
+        events = broadcast.events
+        is_written = self._connection.push(broadcast.packet, False, self._settle_later, session, events)
+        if is_written is False:
+            self._http.core.detach(self)
+            self._settle_later(session, events, False)
+        return is_written is True
+
+    def _settle_later(self, session: Session, events: Sequence[Event], is_written: bool) -> None:
+        self._http.core.settle_later(Answer(self, [], session, events), is_written)
 
     def pack(self, answer: Answer) -> bytes:
         if answer.replies or not isinstance(answer.events, Parcel):

@@ -153,8 +153,8 @@ class CorePeer:
             self.core.wake()
             if not answers:
                 return
-            for answer in answers:
-                self.core.settle_later(answer, answer.exchange.send(answer))
+            for fate in self.core.send(answers):
+                self.core.settle_later(*fate)
 
     def pass_time(self, seconds):
         self.clock.advance(seconds)
@@ -1140,6 +1140,21 @@ class TestSessions:
         core.pass_time(9)
         assert client_id in core.core.sessions
         core.pass_time(2)
+        assert client_id not in core.core.sessions
+
+    def test_a_lease_shorter_than_the_held_connect_was_ends_in_time(self):
+        """The connect that an event answered would have been looked at only when its own time was over."""
+        core = CorePeer(connect_timeout=5, timeout=30)
+        client_id = core.handshake()
+        core.subscribe(client_id, "/a")
+        held = core.send(core.connect_message(client_id))
+        core.pass_time(6)
+        core.core.publish("/a", 1)
+        core.work()
+        assert len(held.answer) == 2
+        core.pass_time(4.9)
+        assert client_id in core.core.sessions
+        core.pass_time(0.2)
         assert client_id not in core.core.sessions
 
     def test_the_clock_starts_when_the_reply_has_been_written(self):
@@ -4040,14 +4055,23 @@ class FakeStream(bayeux_server.Stream):
     def __init__(self):
         super().__init__()
         self.batches = []
+        self.packed = 0
+        self.given_up = 0
         self.outcome = True
 
+    def give_up(self):
+        self.given_up += 1
+
     def pack(self, answer):
+        self.packed += 1
         return b""
 
     def send(self, answer):
         self.batches.append(json.loads(answer.batch()))
         return self.outcome
+
+    def feed(self, broadcast, session):
+        return self.send(broadcast)
 
     @property
     def data(self):
@@ -6683,6 +6707,22 @@ class TestStream:
         core.work()
         assert client_id not in core.core.sessions
 
+    def test_one_frame_at_a_time_though_the_session_stands_in_line(self, core):
+        """A connect that was answered at once took what was to leave, and more has come since."""
+        stream = FakeStream()
+        client_id = self.begin(core, stream)
+        session = core.core.sessions[client_id]
+        core.core.publish("/a", 1)
+        with core.core.lock:
+            assert session.is_ready
+            taken = bayeux_server.Answer(stream, [], session, core.core._take_events(session))
+        core.core.publish("/a", 2)
+        core.work()
+        assert stream.data == [] and session.queue
+        core.core.settle_later(taken, True)
+        core.work()
+        assert stream.data == [[2]]
+
     def test_a_connect_over_another_transport_takes_the_events_away(self, core):
         stream = FakeStream()
         client_id = self.begin(core, stream)
@@ -6704,6 +6744,207 @@ class TestStream:
 
 def ack_of(reply):
     return reply["ext"]["ack"]
+
+
+class OtherStream(FakeStream):
+    """A stream of another kind: what it sends looks different on the wire."""
+
+
+class BrokenSocket:
+    """A socket whose peer is gone when something is to be sent to it."""
+
+    def __init__(self, real):
+        self._real = real
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+    def send(self, data):
+        raise BrokenPipeError
+
+
+class TestBroadcast:
+    """Sessions that get the same events, each on a stream, have one answer in common."""
+
+    def begin(self, core, kinds):
+        """A session subscribed to /a on a stream of each kind, in this order in line; their ids, the streams."""
+        streams = [kind() for kind in kinds]
+        client_ids = []
+        for stream in streams:
+            client_ids.append(core.handshake(connect=False))
+            assert core.core.attach(client_ids[-1], stream)
+        with core.core.lock:                        # a set of subscribers has no order
+            core.core.registry.subscribers = lambda name: [core.core.sessions[each] for each in client_ids]
+        return client_ids, streams
+
+    def take(self, core, limit=32):
+        with core.core.condition:
+            return core.core.take_answers(limit)
+
+    def settle(self, core, fates):
+        for fate in fates:
+            core.core.settle_later(*fate)
+
+    def test_the_same_events_are_packed_once_and_reach_everybody(self, core):
+        _, streams = self.begin(core, [FakeStream] * 5)
+        core.core.publish("/a", 1)
+        broadcast, = answers = self.take(core)
+        self.settle(core, core.core.send(answers))
+        assert [stream.data for stream in streams] == [[[1]]] * 5
+        assert sum(stream.packed for stream in streams) == 1 and len(broadcast.ways) == 5
+
+    def test_it_counts_as_many_answers_as_it_has_ways(self, core):
+        """Or a channel with thousands of subscribers would keep everybody else waiting."""
+        self.begin(core, [FakeStream] * 5)
+        core.core.publish("/a", 1)
+        assert [[len(answer.ways) for answer in self.take(core, 2)] for _ in range(4)] == [[2], [2], [1], []]
+
+    def test_streams_of_another_kind_are_packed_for_themselves(self, core):
+        _, streams = self.begin(core, [FakeStream, FakeStream, OtherStream, OtherStream, FakeStream])
+        core.core.publish("/a", 1)
+        answers = self.take(core)
+        self.settle(core, core.core.send(answers))
+        assert [len(answer.ways) for answer in answers] == [2, 2, 1]
+        assert [stream.packed for stream in streams] == [1, 0, 1, 0, 1]
+        assert [stream.data for stream in streams] == [[[1]]] * 5
+
+    def test_who_has_other_events_waiting_gets_an_answer_of_its_own(self, core):
+        client_ids, streams = self.begin(core, [FakeStream] * 4)
+        core.core.client_push(client_ids[1], "/b", "own")
+        core.core.publish("/a", 1)
+        core.work()
+        assert [stream.data for stream in streams] == [[[1]], [["own", 1]], [[1]], [[1]]]
+
+    def test_an_answer_between_is_not_overtaken(self, core):
+        """A session's reply, that came into line before its events, leaves before them."""
+        client_ids, streams = self.begin(core, [FakeStream] * 3)
+        sessions = [core.core.sessions[each] for each in client_ids]
+        core.core.publish("/a", 1)
+        with core.core.lock:
+            core.core.ready.insert(2, bayeux_server.Answer(streams[2], ['{"reply":1}'], sessions[2]))
+        assert [len(answer.exchanges) for answer in self.take(core)] == [2, 1, 1]
+
+    def test_who_polls_between_them_keeps_the_place_in_line(self, core):
+        client_ids, streams = self.begin(core, [FakeStream] * 3)
+        core.core.detach(streams[1])
+        core.pass_time(1)
+        core.send(core.connect_message(client_ids[1]), transport="long-polling")
+        core.send(core.connect_message(client_ids[1]), transport="long-polling")
+        core.core.publish("/a", 1)
+        answers = self.take(core)
+        assert [answer.exchanges[0].transport for answer in answers] == ["websocket", "long-polling", "websocket"]
+
+    def test_more_events_than_a_frame_takes_leave_in_several(self):
+        core = CorePeer(max_frame_events=2)
+        client_ids, streams = self.begin(core, [FakeStream] * 3)
+        core.send(*[{"channel": "/a", "clientId": client_ids[0], "data": number} for number in range(5)])
+        core.work()
+        assert [stream.data for stream in streams] == [[[0, 1], [2, 3], [4]]] * 3
+
+    def test_one_that_fails_harms_no_other(self, core, errors):
+        client_ids, streams = self.begin(core, [FakeStream] * 3)
+        streams[1].feed = None
+        core.core.publish("/a", 1)
+        core.work()
+        assert "could not be sent" in errors.take()[0]
+        assert [stream.given_up for stream in streams] == [0, 1, 0]
+        assert not any(core.core.sessions[each].in_flight for each in client_ids)
+        streams[1].feed = lambda broadcast, session: True
+        core.core.publish("/a", 2)
+        core.work()
+        assert streams[0].data == streams[2].data == [[1], [2]]
+
+    def test_one_that_cannot_be_packed_is_given_up_on_all_its_streams(self, core, errors):
+        _, streams = self.begin(core, [FakeStream] * 3)
+        for stream in streams:
+            stream.pack = None
+        core.core.publish("/a", 1)
+        core.work()
+        assert "could not be made" in errors.take()[0]
+        assert [stream.given_up for stream in streams] == [1, 1, 1] and not any(stream.data for stream in streams)
+
+    def test_what_is_not_written_yet_is_not_settled_with_the_others(self, core):
+        """Its next events wait behind it; everybody else goes on."""
+        client_ids, streams = self.begin(core, [FakeStream] * 3)
+        streams[1].outcome = None
+        core.core.publish("/a", 1)
+        core.work()
+        core.core.publish("/a", 2)
+        core.work()
+        assert [stream.data for stream in streams] == [[[1], [2]], [[1]], [[1], [2]]]
+        session = core.core.sessions[client_ids[1]]
+        core.core.settle_later(bayeux_server.Answer(streams[1], [], session, [object()]), True)
+        core.work()
+        assert streams[1].data == [[1], [2]]
+
+    def test_a_session_that_ended_meanwhile_keeps_nothing(self, core):
+        client_ids, streams = self.begin(core, [FakeStream] * 2)
+        gone = core.core.sessions[client_ids[0]]
+        core.core.publish("/a", 1)
+        answer, = self.take(core)
+        core.core.disconnect(client_ids[0], "test")
+        core.core.settle_later(answer, False)
+        assert not gone.queue and not core.core.ready.count(gone)
+        core.work()
+        assert streams[1].data == [[1]]
+
+    def test_each_of_its_clients_has_a_line_in_the_log(self, core, caplog):
+        _, streams = self.begin(core, [FakeStream] * 3)
+        for number, stream in enumerate(streams):
+            stream.address = f"10.0.0.{number}"
+        with caplog.at_level("DEBUG", core.core.logger.name):
+            core.core.publish("/a", 1)
+            core.work()
+        for stream in streams:
+            assert f"to {stream.address}:" in caplog.text
+
+    def test_a_lazy_event_that_came_meanwhile_leaves_in_time(self):
+        core = CorePeer(lazy_channels=["/lazy"], max_lazy=5)
+        _, streams = self.begin(core, [FakeStream] * 2)
+        core.core.publish("/a", 1)
+        answers = self.take(core)
+        core.core.publish("/lazy", 2)
+        self.settle(core, core.core.send(answers))
+        core.work()
+        assert [stream.data for stream in streams] == [[[1]]] * 2
+        core.pass_time(5.1)
+        core.work()
+        assert [stream.data for stream in streams] == [[[1], [2]]] * 2
+
+    @pytest.mark.parametrize("ending", ["closing", "lost"])
+    def test_what_one_socket_loses_waits_for_its_client(self, server, ending):
+        """C6: its connection is closing, or gone, when the frame is written; the others get theirs."""
+        peers = [SocketPeer(server) for _ in range(3)]
+        for peer in peers:
+            peer.subscribe("/a")
+        victim = server.core.sessions[peers[1].id]
+        connection = victim.stream._connection
+        with connection.lock:
+            if ending == "closing":
+                connection.is_closing = True
+            else:
+                connection.socket = BrokenSocket(connection.socket)
+        server.publish("/a", 1)
+        assert peers[0].receive(1) == peers[2].receive(1) == [1]
+        wait_until(lambda: victim.stream is None and not victim.in_flight, "the stream to be given up")
+        with SocketPeer(server, client_id=peers[1].id) as back:
+            assert back.receive(1) == [1]
+        for peer in peers:
+            peer.close()
+
+    def test_what_a_slow_reader_has_not_taken_holds_up_only_its_own(self, serve):
+        server = serve(max_queue=100_000)
+        with SocketPeer(server) as slow, SocketPeer(server) as quick:
+            for peer in (slow, quick):
+                peer.subscribe("/a")
+            session = server.core.sessions[slow.id]
+            text = "x" * 60_000
+            for number in range(200):
+                server.publish("/a", [number, text])
+                assert quick.receive(1) == [[number, text]]
+            assert session.in_flight and session.queue
+            assert slow.receive(200) == [[number, text] for number in range(200)]
+            wait_until(lambda: not session.in_flight and not session.queue, "all to be settled")
 
 
 class TestAcknowledge:
@@ -7489,8 +7730,8 @@ class TestSteadyTraffic:
             with core.core.condition:
                 answers = core.core.take_answers(100)
             core.core.publish("/a", "event")
-            for answer in answers:
-                core.core.settle_later(answer, answer.exchange.send(answer))
+            for fate in core.core.send(answers):
+                core.core.settle_later(*fate)
         assert held.answer == [{"channel": "/meta/connect", "successful": True}]
         assert len(stream.data) >= 4
 
