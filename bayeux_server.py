@@ -1747,9 +1747,8 @@ class Bayeux:
                     session.is_urgent = True
             if session.queue:
                 self.make_ready(session)
-                self._schedule(session)
-            elif session.timer is None:     # it was looked at meanwhile, and had no deadline
-                self._schedule(session)
+            if session.queue or session.hold is None or session.timer is None:
+                self._schedule(session)     # else it will be looked at in time: when its connect has been held enough
 
     def send(self, answers: Sequence[Answer]) -> list[tuple[Answer, bool]]:
         """Send them, without the lock.  Those whose fate is known come back, with whether they were written.

@@ -6723,6 +6723,37 @@ class TestStream:
         core.work()
         assert stream.data == [[2]]
 
+    @pytest.mark.parametrize("change", ["the stream is lost", "another connect releases the held one"])
+    def test_a_lease_that_began_while_a_frame_was_in_flight_ends_in_time(self, change):
+        """C5: the look at the session stood at the end of its held connect, which is later."""
+        core, stream = CorePeer(connect_timeout=5, timeout=30), FakeStream()
+        client_id = self.begin(core, stream)
+
+        def connect(**fields):
+            exchange = FakeExchange(core.core, transport="websocket")
+            exchange.stream = stream
+            core.core.receive([core.connect_message(client_id, connectionType="websocket", **fields)], exchange)
+
+        connect()
+        connect()
+        assert core.core.sessions[client_id].hold
+        core.pass_time(6)
+        core.core.publish("/a", 1)
+        with core.core.condition:
+            answers = core.core.take_answers(10)
+        if change == "the stream is lost":
+            core.core.detach(stream)
+        else:
+            connect(advice={"timeout": 0})
+            core.work()
+        for fate in core.core.send(answers):
+            core.core.settle_later(*fate)
+        core.work()
+        core.pass_time(4.9)
+        assert client_id in core.core.sessions
+        core.pass_time(0.2)
+        assert client_id not in core.core.sessions
+
     def test_a_connect_over_another_transport_takes_the_events_away(self, core):
         stream = FakeStream()
         client_id = self.begin(core, stream)
