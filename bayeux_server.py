@@ -648,7 +648,7 @@ class Answer:
 
     @property
     def exchanges(self) -> list[Exchange]:
-        """All those on which it leaves."""
+        """All those on which it is to leave."""
         return [self.exchange]
 
     def batch(self) -> str:
@@ -665,7 +665,8 @@ class Broadcast(Answer):
 
     Attributes:
         kind: of the streams, which are all of one.
-        ways: the sessions, each with the stream that it had when the events were taken.
+        ways: the sessions, each with the stream that it had when the events were taken.  Once it is sent, only
+            those whose fate is known, and settled with it, are left.
     """
 
     __slots__ = ("kind", "ways")
