@@ -664,16 +664,14 @@ class Broadcast(Answer):
     """The same events for several sessions, each on a stream of its own: packed once, and settled together.
 
     Attributes:
-        kind: of the streams, which are all of one.
-        ways: the sessions, each with the stream that it had when the events were taken.  Once it is sent, only
-            those whose fate is known, and settled with it, are left.
+        ways: the sessions, each with the stream that it had when the events were taken; all streams are of one
+            kind.  Once it is sent, only those whose fate is known, and settled with it, are left.
     """
 
-    __slots__ = ("kind", "ways")
+    __slots__ = ("ways",)
 
     def __init__(self, stream: Stream, events: Sequence[Event]) -> None:
         super().__init__(stream, [], None, events)
-        self.kind = type(stream)
         self.ways: list[tuple[Session, Stream]] = []
 
     @property
@@ -782,7 +780,7 @@ class Session:
             core.delay(self)
         elif not self.is_urgent:            # else it is ready already, or cannot be
             self.is_urgent = True
-            if self.can_take_events and not self.is_ready:
+            if self.can_take_events and not self.is_ready:      # make_ready, written out
                 self.is_ready = True
                 core.ready.append(self)
 
@@ -1687,6 +1685,7 @@ class Bayeux:
                 answers.append(first)
                 broadcast = None
                 continue
+            # uses_stream, can_take_events and _take_events, written out: most of all deliveries pass here.
             first.is_ready = False
             stream, events = first.stream, first.queue
             if not events or first.in_flight:
@@ -1694,9 +1693,9 @@ class Bayeux:
             if stream is not None and first.acknowledgement is None:
                 if len(events) > max_frame_events:
                     events = self._take_events(first, max_frame_events)
-                else:                           # the same, written out: it is done for most of all deliveries
+                else:
                     first.queue, first.is_urgent, first.lazy_deadline, first.in_flight = (), False, math.inf, True
-                if broadcast is None or events is not broadcast.events or type(stream) is not broadcast.kind:
+                if broadcast is None or events is not broadcast.events or type(stream) is not type(broadcast.exchange):
                     broadcast = Broadcast(stream, events)
                     answers.append(broadcast)
                 broadcast.ways.append((first, stream))
@@ -1739,6 +1738,7 @@ class Bayeux:
             self._schedule(answer.session)
 
     def _settle_events(self, sessions: Iterable[Session], events: Sequence[Event], is_written: bool) -> None:
+        """The sessions' events are in flight no more; what has come meanwhile may follow."""
         assert self.lock.locked()
         for session in sessions:
             if events and not session.acknowledgement:
