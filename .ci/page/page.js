@@ -9,7 +9,7 @@
 
 import path from "node:path";
 import { startBrowser } from "./browser.js";
-import { within } from "./checks.js";
+import { within, withoutColours } from "./checks.js";
 import * as clients from "./client.js";
 import * as demos from "./demos.js";
 import * as looks from "./looks.js";
@@ -53,7 +53,7 @@ async function play(name, browser) {
   try {
     await within(GROUP_S, name, groups[name](stage));
   } catch (error) {
-    stage.failures.push(`${name}: the group as a whole`);
+    stage.failures.push(`${name}: the group as a whole\n          ${withoutColours(error)}`);
     stage.lines.push(`  NO  the group as a whole\n${error.stack}`);
   }
   await stage.end();

@@ -129,9 +129,49 @@ export async function cable(stage) {
     const gaps = tries.slice(1).map((time, at) => time - tries[at]);
     must(Math.max(...gaps.slice(-2)) > Math.min(...gaps.slice(0, 2)), "a later pause is longer than an early one", gaps);
   });
+  const online = () => anna.page.evaluate(() => window.dispatchEvent(new Event("online")));
+  // Has the page's timers that are longer than most never end, and those of shortened ms or more end ten times sooner.
+  const setTimers = (most, shortened) => anna.page.evaluate(([most, shortened]) => {
+    const wait = window.untouchedTimeout ??= window.setTimeout;
+    window.setTimeout = (call, delay, ...more) =>
+      wait(call, delay > most ? 2 ** 31 - 1 : delay >= shortened ? delay / 10 : delay, ...more);
+  }, [most, shortened]);
+  // A try that gets no answer begins.
+  const getStuck = async () => {
+    const tries = road.requests.length;
+    road.isStuck = true;
+    road.mend();
+    await until("a try is under way", () => road.requests.length > tries);
+  };
+
   await rule("the page hurries when the browser says that it is online again", async () => {
     road.mend();
-    await anna.page.evaluate(() => window.dispatchEvent(new Event("online")));
+    await online();
+    await anna.isAt("Connected");
+    await setTimers(1400, 1400);                        // a third pause never ends by itself
+    road.cut();
+    await anna.isAt(/next try in (1\.[5-9]|2\.\d) s/);
+    road.mend();
+    await online();
+    await anna.isAt("Connected");
+  });
+  await rule("it hurries, too, if that is said during a try that then fails", async () => {
+    road.cut();
+    await anna.isAt(/next try in (0\.[7-9]|1\.[0-3]) s/);      // the second pause
+    await getStuck();
+    await online();
+    road.cut();
+    road.isStuck = false;
+    road.mend();
+    await anna.isAt("Connected");
+  });
+  await rule("a try that gets no answer is given up as soon as any request, not after a held connect's time", async () => {
+    await setTimers(15_000, 5_000);
+    road.cut();
+    await anna.isAt("Connection lost");
+    await getStuck();
+    await anna.isAt("Connection lost: no answer in time");
+    road.isStuck = false;
     await anna.isAt("Connected");
   });
 }

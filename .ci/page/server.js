@@ -79,6 +79,7 @@ export class Road {
   refusesWebSocket = false;     // as an old proxy does, that knows no upgrade
   refusesPost = false;          // as a filter does, that lets only pages through
   isCut = false;                // a cable is pulled
+  isStuck = false;              // what comes along gets no answer, until it is cut
   answer = null;                // {status, headers, body}: what answers in the server's place
   requests = [];                // "POST", "GET" and "upgrade", as they came along
 
@@ -101,6 +102,7 @@ export class Road {
 
   #pass(request, response) {
     this.requests.push(request.method);
+    if (this.isStuck) return;
     if (this.answer) {
       response.writeHead(this.answer.status, this.answer.headers).end(this.answer.body);
       return;

@@ -29,7 +29,7 @@ export class Stage {
       this.lines.push(`  ok  ${what}${seconds > SLOW_S ? ` (${seconds.toFixed(1)} s)` : ""}`);
     } catch (error) {
       const reason = withoutColours(error).split("\n").slice(0, 12).join("\n          ");
-      this.failures.push(`${this.name}: ${what}`);
+      this.failures.push(`${this.name}: ${what}\n          ${reason}`);
       this.lines.push(`  NO  ${what}\n          ${reason}`);
     }
   };
