@@ -206,6 +206,8 @@ export async function keyboard(stage) {
         stops.push(stop);
       }
       must(stops.length < 250, "Tab comes round", stops.length);
+      // That a list was scrolled is told to the page with the next frame, and then the way back to its end is gone.
+      await anna.page.evaluate(() => new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn))));
       mustEqual(stops.filter(({ hasRing }) => !hasRing).map(({ name }) => name), [], "what has a focus that cannot be seen");
       mustEqual(stops.filter(({ isInView }) => !isInView).map(({ name }) => name), [], "what has the focus and is out of view");
       mustEqual(await anna.page.evaluate(findNotFocused, CONTROLS), [], "what Tab does not reach");
