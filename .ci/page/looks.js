@@ -308,8 +308,10 @@ export async function calm(stage) {
     await anna.isAt("Connected");
     mustEqual(await jumps(), [], "jumps");
   });
-  await rule("nothing jumps while the page comes up", async () => {
-    const fresh = await stage.window(server, { prepare: (page) => page.addInitScript(() => {
+  const comesUp = async (viewport = WIDE) => {
+    const road = await stage.road(server);
+    road.isSlow = true;
+    const fresh = await stage.window(road, { viewport, prepare: (page) => page.addInitScript(() => {
       window.shifts = [];
       new PerformanceObserver((list) => {
         for (const { value, hadRecentInput, sources } of list.getEntries()) {
@@ -326,7 +328,9 @@ export async function calm(stage) {
     await fresh.hasRow("/meta/connect");
     await fresh.page.evaluate(() => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve))));
     mustEqual(await fresh.page.evaluate(() => window.shifts), [], "layout shifts");
-  });
+  };
+  await rule("nothing jumps while the page comes up, however slowly", () => comesUp());
+  await rule("nothing does in a narrow window", () => comesUp(NARROW));
 }
 
 // ======================================================================================

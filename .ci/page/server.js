@@ -75,11 +75,23 @@ export class Server {
 // A bad road to a server: what proxies and cables do to connections
 // ======================================================================================
 
+// Passes on what a stream brings in small pieces, so slowly that a browser draws between them.
+async function crawl(source, target) {
+  for await (const data of source) {
+    for (let at = 0; at < data.length; at += 500) {
+      target.write(data.subarray(at, at + 500));
+      await new Promise((wake) => setTimeout(wake, 20));
+    }
+  }
+  target.end();
+}
+
 export class Road {
   refusesWebSocket = false;     // as an old proxy does, that knows no upgrade
   refusesPost = false;          // as a filter does, that lets only pages through
   isCut = false;                // a cable is pulled
   isStuck = false;              // what comes along gets no answer, until it is cut
+  isSlow = false;               // answers come in small pieces
   answer = null;                // {status, headers, body}: what answers in the server's place
   requests = [];                // "POST", "GET" and "upgrade", as they came along
 
@@ -114,7 +126,8 @@ export class Road {
     const { method, url, headers } = request;
     const onward = http.request({ ...this.target, method, path: url, headers }, (answer) => {
       response.writeHead(answer.statusCode, answer.rawHeaders);
-      answer.pipe(response);
+      if (this.isSlow) crawl(answer, response);
+      else answer.pipe(response);
     });
     onward.on("error", () => response.destroy());
     response.on("close", () => onward.destroy());
