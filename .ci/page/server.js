@@ -78,8 +78,8 @@ export class Server {
 // Passes on what a stream brings in small pieces, so slowly that a browser draws between them.
 async function crawl(source, target) {
   for await (const data of source) {
-    for (let at = 0; at < data.length; at += 500) {
-      target.write(data.subarray(at, at + 500));
+    for (let at = 0; at < data.length; at += 1500) {
+      target.write(data.subarray(at, at + 1500));
       await new Promise((wake) => setTimeout(wake, 20));
     }
   }
