@@ -126,7 +126,7 @@ export class Road {
     const { method, url, headers } = request;
     const onward = http.request({ ...this.target, method, path: url, headers }, (answer) => {
       response.writeHead(answer.statusCode, answer.rawHeaders);
-      if (this.isSlow) crawl(answer, response);
+      if (this.isSlow) crawl(answer, response).catch(() => response.destroy());
       else answer.pipe(response);
     });
     onward.on("error", () => response.destroy());
