@@ -53,6 +53,14 @@ export class Window {
     if (!this.context.pages().length) await this.context.close();
   }
 
+  // How often the browser has laid the page out.
+  async layouts() {
+    this.measures ??= await this.context.newCDPSession(this.page);
+    await this.measures.send("Performance.enable");
+    const { metrics } = await this.measures.send("Performance.getMetrics");
+    return metrics.find(({ name }) => name === "LayoutCount").value;
+  }
+
   // The window's process dies; nothing in it can say good-bye.
   async vanish() {
     const crashed = this.page.waitForEvent("crash");

@@ -167,6 +167,13 @@ export async function wire(stage) {
     await until("the clipboard", async () => (await anna.page.evaluate(() => navigator.clipboard.readText())).startsWith("curl"));
     must(await copier.evaluate((button) => button === document.activeElement), "the focus stays on the button");
   });
+  await rule("what comes at once is laid out at once, not each event for itself", async () => {
+    const before = await anna.layouts();
+    await peer.publish("/chat/demo", ...Array.from({ length: 300 }, (_, at) => ({ user: "peer", chat: `flood ${at}` })));
+    await anna.reads("flood 299");
+    const layouts = await anna.layouts() - before;
+    must(layouts < 150, "fewer layouts than half of the 300 events", layouts);
+  });
   await rule("the list is bounded, and the page lives on, when much comes", async () => {
     for (let part = 0; part < 4; part += 1) {
       await peer.publish("/chat/demo", ...Array.from({ length: 100 }, (_, at) => ({ user: "peer", chat: `many ${100 * part + at}` })));
@@ -177,6 +184,19 @@ export async function wire(stage) {
     must(rows > 400 && rows <= 510, "about 500 rows", rows);
     await anna.say("still here");
     await anna.reads("I heard anna say: still here");
+  });
+  await rule("a conversation that was scrolled up stays where it is read, also while its oldest lines go", async () => {
+    await anna.log.evaluate((log) => {
+      globalThis.readLine = log.children[Math.floor(log.childElementCount / 2)];
+      readLine.scrollIntoView({ block: "center", behavior: "instant" });
+    });
+    const where = () => anna.page.evaluate(() => readLine.isConnected && readLine.getBoundingClientRect().top);
+    const before = await where(), oldest = (await anna.lineTexts())[0];
+    await peer.publish("/chat/demo", ...Array.from({ length: 60 }, (_, at) => ({ user: "peer", chat: `under it ${at}` })));
+    await anna.reads("under it 59", 2);
+    must((await anna.lineTexts())[0] !== oldest, "old lines have gone", oldest);
+    const now = await where();
+    must(Math.abs(now - before) <= 1, "the line that was read is where it was", [before, now]);
   });
 }
 
