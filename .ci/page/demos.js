@@ -122,6 +122,23 @@ export async function chat(stage) {
     await diana.say("hello without a store");
     await diana.reads("I heard diana say: hello without a store");
   });
+  await rule("who asks to join before there is a connection is told so, and joins when there is one", async () => {
+    let open;
+    const gate = new Promise((resolve) => { open = resolve; });
+    const eve = await stage.window(server, { at: "?transport=long-polling", prepare: (page) => page.route("**/cometd", async (route) => {
+      await gate;
+      await route.continue();
+    }) });
+    await eve.field("Your name").fill("eve");
+    await eve.button("Join").click();
+    await eve.page.getByText(/There is no connection yet/).waitFor();
+    open();
+    await eve.field("Message").waitFor();
+    await eve.reads("eve has joined");
+    await anna.reads("eve has joined");
+    mustEqual(await eve.page.getByText(/There is no connection yet/).count(), 0, "words on a missing connection");
+    must(await eve.field("Message").evaluate((field) => field === document.activeElement), "the focus is in the message");
+  });
 }
 
 // ======================================================================================
