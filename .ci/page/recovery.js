@@ -323,9 +323,13 @@ export async function elsewhere(stage) {
       await window.reads("no bot here");
       await window.tab("Magnets");
     }
+    const size = () => anna.board.evaluate(({ clientWidth, clientHeight }) => [clientWidth, clientHeight]), before = await size();
+    await anna.shows(/404/, anna.panel);
     await anna.magnet(2).focus();
     await anna.page.keyboard.press("Shift+ArrowRight");
     await bert.hasMagnetAt(2, await anna.placeOf(2));
+    await anna.shows(/from the left/, anna.panel);
+    mustEqual(await size(), before, "the board's size, whatever is said below it");
     await anna.tab("Echo");
     await anna.button("Call /service/echo").click();
     await anna.shows(/404|no such service|unknown service/i, anna.panel);
