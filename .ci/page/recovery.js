@@ -323,8 +323,8 @@ export async function elsewhere(stage) {
       await window.reads("no bot here");
       await window.tab("Magnets");
     }
-    const size = () => anna.board.evaluate(({ clientWidth, clientHeight }) => [clientWidth, clientHeight]), before = await size();
     await anna.shows(/404/, anna.panel);
+    const size = () => anna.board.evaluate(({ clientWidth, clientHeight }) => [clientWidth, clientHeight]), before = await size();
     await anna.magnet(2).focus();
     await anna.page.keyboard.press("Shift+ArrowRight");
     await bert.hasMagnetAt(2, await anna.placeOf(2));
