@@ -147,15 +147,19 @@ KEEP_ALIVE = 75.0                       # seconds an idle connection is kept; ng
 LINGER = 2.0                            # seconds to let a refused client read why
 ACCEPT_BACKLOG = 1024                   # connections the kernel queues; socketserver's 5 drops some
 RECEIVE_SIZE = 64 * 1024                # bytes read from a socket, or from a file, at a time
+TURN = 0.005                            # seconds that a request may compute before others have their turn
+SHORT_REQUEST = 8 * 1024                # bytes of a body that the leader reads itself; 2 ms at the very worst
+SHORT_BATCH = 16                        # messages of a request that the leader handles itself
 REQUESTS_AT_ONCE = 16                   # of one connection, before others have their turn
 PARTS_AT_ONCE = 16                      # of one large output, likewise
+MAX_ANSWER = 1024 * 1024                # bytes of events in one answer; the rest leaves with the next
 ANSWERS_AT_ONCE = 32                    # connects answered between two looks at the queues
 ROUNDS_AT_ONCE = 8                      # such looks, before more is read
 FEW_ANSWERS = 8                         # that leave before the publisher's reply; more leave behind it
 LONGEST_WAIT = 3600.0                   # seconds that a thread sleeps at once; Condition.wait bears no 300 years
-
-# What the application's code may raise.  sys.exit() in it ends no thread of ours.
-APPLICATION_FAULTS = (Exception, SystemExit)
+FAILURE_PAUSE = 0.1                     # seconds that a loop of ours rests after a failure, which may come again
+STUCK_AFTER = 1.0                       # seconds without a thread becoming free: what needs one is refused at once
+LONGEST_QUEUE = 5.0                     # seconds that a request waits for a thread that is busy with others
 
 
 def is_number(value: Any) -> bool:
@@ -245,6 +249,181 @@ class ChannelRegistry:
         """The subscribers of the channel, each once, however many of its patterns match."""
         matching = [self._subscribers[pattern] for pattern in patterns_matching(name) if pattern in self._subscribers]
         return matching[0] if len(matching) == 1 else set().union(*matching)
+
+
+# ======================================================================================
+# §3  Budgets and turns
+#
+# Nothing that one client does may stop the others.  Two rules see to that everywhere below:
+#
+#   budgets   Bytes that have to wait are counted where they are kept: the events that a session has
+#             not fetched, the input and output of a connection, the mailboxes of the application's
+#             callbacks.  Each has its budget, each address has one, and all together have
+#             max_memory.  A budget is a share of max_memory, so one option sets them all.
+#   turns     One thread, the leader, reads and answers everything that is short (§10).  A request
+#             that may be long goes to a handler thread.  There one thread computes at a time,
+#             for TURN seconds; then it lets the leader go round before it goes on.
+#
+# An event counts once, however many sessions wait for it, and as long as one of them does.
+# ======================================================================================
+
+# Shares of max_memory, and what they are with its default of 512 MiB:
+SESSION_SHARE = 32                      # 16 MiB of events that one session has not fetched
+MAILBOX_SHARE = 32                      # 16 MiB of events that a local client, or the listeners, have not handled
+CONNECTION_SHARE = 32                   # 16 MiB that one connection has not taken in, or not sent to its end
+ADDRESS_SHARE = 16                      # 32 MiB that the connections and subscriptions of one address keep
+SUBSCRIPTION_SIZE = 256                 # bytes that a subscription takes beside its pattern, more or less
+NOTICE_SIZE = 512                       # bytes that a notice to listeners takes beside the event that it tells
+
+
+def plain_address(text: str) -> str:
+    """An IP address without the port that some proxies write behind it, and IPv4 where IPv6 only wraps it."""
+    match = re.fullmatch(r"\[([^\]]*)\](?::\d*)?|([^:]*):\d*", text)
+    address = (match[1] or match[2] or "") if match else text
+    return address.rpartition(":")[2] if address.lower().startswith("::ffff:") and "." in address else address
+
+
+@lru_cache(maxsize=4096)
+def address_group(address: str) -> str:
+    """By what the limits by address count: of IPv6 the /64, all of which one machine may call its own.
+
+    '' stands for those that have no limit: trusted proxies, who speak for many.
+    """
+    if ":" in address:
+        with contextlib.suppress(ValueError):
+            return str(ipaddress.ip_network((address.partition("%")[0], 64), strict=False))
+    return address
+
+
+class Memory:
+    """The bytes that wait in this process until somebody fetches them, or until the rest of them has come.
+
+    Arguments:
+        limit: bytes, the option max_memory.
+        limits_addresses: whether one address may keep no more than its share.
+        relieve: called without arguments, on any thread, when there are too many bytes; somebody must go.
+    """
+
+    def __init__(self, limit: int, limits_addresses: bool = True, relieve: Callable[[], None] = lambda: None) -> None:
+        self.limit = limit
+        self.session_limit = limit // SESSION_SHARE
+        self.mailbox_limit = limit // MAILBOX_SHARE
+        self.connection_limit = limit // CONNECTION_SHARE
+        self.address_limit = limit // ADDRESS_SHARE if limits_addresses else math.inf
+        self._used = 0
+        self._by_address: collections.Counter[str] = collections.Counter()
+        self._relieve = relieve
+        self._lock = threading.Lock()
+        self._returned: collections.deque[int] = collections.deque()
+
+    def take(self, size: int) -> None:
+        """Count bytes that are kept from now on."""
+        with self._lock:
+            self._used += size
+            self._count_returned()
+            is_over = self._used > self.limit
+        if is_over:
+            self._relieve()
+
+    def give_back(self, size: int) -> None:
+        """Takes no lock: an event may end at any moment, even while this thread holds the lock of take()."""
+        self._returned.append(size)
+
+    def take_for(self, address: str, size: int) -> None:
+        """Count bytes that an address keeps; or, if size is negative, no longer keeps."""
+        with self._lock:
+            self._by_address[address] += size
+            if not self._by_address[address]:
+                del self._by_address[address]
+        self.take(size)
+
+    def is_too_much_for(self, address: str, size: int = 0) -> bool:
+        """Whether the address would keep more than its share with so many bytes more."""
+        return address != "" and self._by_address[address] + size > self.address_limit
+
+    @property
+    def used(self) -> int:
+        with self._lock:
+            self._count_returned()
+            return self._used
+
+    def is_over(self) -> bool:
+        return self.used > self.limit
+
+    def _count_returned(self) -> None:
+        assert self._lock.locked()
+        while self._returned:
+            self._used -= self._returned.popleft()
+
+
+class Turns:
+    """Lets one handler thread compute at a time, and between two turns the leader.
+
+    Threads of CPython share one interpreter.  One that computes lets go of it every 5 ms, and the leader must get it
+    back after each of its system calls.  Beside thirty threads that compute, each would take the leader 150 ms.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: collections.deque[threading.Lock] = collections.deque()
+        self._is_taken = False
+        self._owner: int | None = None
+        self._began = 0.0
+        self.is_leader_busy = False             # set by the leader when something has come
+        self.is_leader_awaited = False
+        self._round_is_over = threading.Event()
+
+    def __enter__(self) -> None:
+        """Wait for a turn; they are given in the order in which they were asked for."""
+        with self._lock:
+            mine = None
+            if self._is_taken:
+                mine = threading.Lock()
+                mine.acquire()
+                self._waiting.append(mine)
+            self._is_taken = True
+        if mine is not None:
+            mine.acquire()                      # __exit__ of another thread releases it, and so passes the turn on
+        self._owner, self._began = threading.get_ident(), time.monotonic()
+
+    def __exit__(self, *exception: object) -> None:
+        self._owner = None
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._is_taken = False
+
+    def is_here(self) -> bool:
+        """Whether this thread has the turn."""
+        return self._owner == threading.get_ident()
+
+    def pause(self) -> None:
+        """Called by who has the turn, between two pieces of work: if it has had its time, the others go first."""
+        if time.monotonic() - self._began >= TURN:
+            self.__exit__()
+            if self.is_leader_busy:
+                self._round_is_over.clear()
+                self.is_leader_awaited = True
+                self._round_is_over.wait(10 * TURN)         # and no longer, if the leader has a great deal to do
+            self.__enter__()
+
+    @contextlib.contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """While the block runs, which may take its time, another thread has the turn; if this one has it at all."""
+        if not self.is_here():
+            yield
+            return
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+    def end_round(self) -> None:
+        """The leader's: all that had come is done, and somebody waits for that."""
+        self.is_leader_awaited = False
+        self._round_is_over.set()
 
 
 # ======================================================================================
@@ -374,12 +553,14 @@ def decode_json(body: bytes | str) -> Any:
         raise BayeuxError(400, "", f"Not JSON - {error}") from None
 
 
-def decode_batch(texts: Iterable[bytes | str]) -> list:
-    """The messages of a request: each text holds one message, or an array of them."""
+def decode_batch(texts: Iterable[bytes | str], limit: float = math.inf) -> list:
+    """The messages of a request: each text holds one message, or an array of them; at most limit in all."""
     messages: list = []
     for text in texts:
         value = decode_json(text)
         messages.extend(value if isinstance(value, list) else [value])
+        if len(messages) > limit:
+            raise BayeuxError(413, "", f"The batch has more than {limit} messages")
     if not messages:
         raise BayeuxError(400, "", "The batch holds no message")
     return messages
@@ -472,14 +653,24 @@ class Event:
     see both.  (Bayeux, "Delivery", "clientId")
     """
 
-    __slots__ = ("channel", "client_id", "id", "is_lazy", "text")
+    __slots__ = ("channel", "client_id", "id", "is_lazy", "memory", "size", "text")
 
-    def __init__(self, fields: dict, client_id: str | None = None, id: Any = None, is_lazy: bool = False) -> None:
+    def __init__(self, fields: dict, client_id: str | None = None, id: Any = None, is_lazy: bool = False,
+                 memory: Memory | None = None) -> None:
         self.channel = fields["channel"]
         self.is_lazy = is_lazy
         self.text = encode_json(fields)
         self.client_id = client_id
         self.id = id
+        self.size = sys.getsizeof(self.text)
+        self.memory = memory
+        if memory is not None:
+            memory.take(self.size)
+
+    def __del__(self) -> None:
+        """Nobody waits for it any more.  An event lives as long as somebody does, so it is counted once, for all."""
+        if getattr(self, "memory", None) is not None:       # else it could not even be encoded
+            self.memory.give_back(self.size)
 
     def local_message(self) -> dict:
         """A new dict each time, so that one subscriber's changes are nobody else's."""
@@ -513,6 +704,35 @@ class Parcel(tuple):
     def packets(self) -> dict[type, bytes]:
         """By kind of stream: the bytes that carry just these events."""
         return {}
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of all."""
+        return sum([event.size for event in self])
+
+
+class Backlog(list):
+    """Events that have piled up for one session, more than one parcel, and their size in bytes."""
+
+    __slots__ = ("size",)
+
+    def __init__(self, events: Iterable[Event]) -> None:
+        super().__init__(events)
+        self.size = sum([event.size for event in self])
+
+    def extend(self, events: Parcel) -> None:
+        super().extend(events)
+        self.size += events.size
+
+
+def count_for_answer(events: Sequence[Event], limit: float) -> int:
+    """How many of the events one answer carries: at most limit, and MAX_ANSWER bytes; but always the first."""
+    size = 0
+    for count, event in enumerate(events):
+        size += event.size
+        if count >= limit or (count and size > MAX_ANSWER):
+            return count
+    return len(events)
 
 
 # ======================================================================================
@@ -555,6 +775,7 @@ ENDED_TIMEOUT = "timeout"
 ENDED_QUEUE = "queue overflow"
 ENDED_SHUTDOWN = "server shutdown"
 ENDED_INACTIVE = "inactivity"
+ENDED_MEMORY = "lack of memory"
 
 
 MAKING_FLAGS = threading.Lock()         # held for a moment, at the first use of a session's flags
@@ -592,6 +813,10 @@ class Exchange:
 
     def give_up(self) -> None:
         """No answer can be made; the client must not wait for one."""
+
+    def is_gone(self) -> bool:
+        """Whether the client has hung up, so that nobody waits for the rest of its batch to be handled."""
+        return False
 
     def pack(self, answer: Answer) -> bytes:
         """The bytes in which the answer leaves."""
@@ -686,12 +911,14 @@ class Acknowledgement:
         number: of the latest reply to a connect.
         sent: the events of such replies that may have to leave again, with the numbers of the replies that took each.
         sent_again: the same of events that are in the queue once more.
+        size: bytes of those sent.
     """
 
-    __slots__ = ("number", "sent", "sent_again")
+    __slots__ = ("number", "sent", "sent_again", "size")
 
     def __init__(self) -> None:
         self.number = 0
+        self.size = 0
         self.sent: dict[Event, tuple[int, ...]] = {}
         self.sent_again: dict[Event, tuple[int, ...]] = {}
 
@@ -699,8 +926,9 @@ class Acknowledgement:
         """The event leaves with the reply of this number, and may have to leave again."""
         numbers = self.sent_again.pop(event, ())
         self.sent[event] = (*numbers[-9:], self.number)
+        self.size += event.size
 
-    def pending(self, seen: float, queue: Sequence[Event]) -> list[Event]:
+    def pending(self, seen: float, queue: Sequence[Event]) -> Backlog:
         """The queue as it is once the client has named the last reply that it saw; what later ones took comes first.
 
         A connect may be late: its client has long given it up, and come back.  Its number is old, then, and
@@ -711,9 +939,9 @@ class Acknowledgement:
         for event in known:
             del self.sent_again[event]
         missed = {event: numbers for event, numbers in self.sent.items() if seen not in numbers and numbers[-1] > seen}
-        self.sent = {}
+        self.sent, self.size = {}, 0
         self.sent_again.update(missed)
-        return [*missed, *[event for event in queue if event not in known]]
+        return Backlog([*missed, *[event for event in queue if event not in known]])
 
 
 class Session:
@@ -747,7 +975,7 @@ class Session:
         self.connected = False              # had its first connect answered
         self.crowded = False                # was told of multiple clients in its browser
         self.active = 0.0                   # when it last sent something else than a connect
-        self.queue: Sequence[Event] = ()    # a Parcel, shared with others, or a list of its own
+        self.queue: Parcel | Backlog | tuple[()] = ()       # a Parcel is shared with others
         self.is_urgent = False              # the queue is to be delivered now: not all in it is lazy
         self.lazy_deadline = math.inf       # when it is to be delivered, at the latest
         self.in_flight = False
@@ -765,24 +993,33 @@ class Session:
         """Which comes first of two that are to be looked at in the same moment: all the same."""
         return False
 
-    def accept(self, events: Sequence[Event], core: Bayeux) -> None:
-        """Queue events of one channel.  Under the lock."""
+    def accept(self, events: Parcel, core: Bayeux) -> None:
+        """Queue events of one channel.  Under the lock.
+
+        What has come before and has not been fetched is held against the session, not the new events, of which there
+        may be many at once; and nothing is as long as the server itself has only not yet sent it.
+        """
+        has_too_much = (self.queue or self.acknowledgement) and self.has_too_much(core)
+        if has_too_much and not self.can_take_events:
+            core.overfull.append(self)
+            return
         if not self.queue:
             self.queue = events
-        elif isinstance(self.queue, list):
-            self.queue += events
+        elif isinstance(self.queue, Backlog):
+            self.queue.extend(events)
         else:
-            self.queue = [*self.queue, *events]
-        limit = core.options.max_queue
-        if len(self.queue) > limit or (self.acknowledgement and self.waiting > limit):
-            core.overfull.append(self)
-        elif events[0].is_lazy:
+            self.queue = Backlog([*self.queue, *events])
+        if events[0].is_lazy and not has_too_much:
             core.delay(self)
         elif not self.is_urgent:            # else it is ready already, or cannot be
             self.is_urgent = True
             if self.can_take_events and not self.is_ready:      # make_ready, written out
                 self.is_ready = True
                 core.ready.append(self)
+
+    def has_too_much(self, core: Bayeux) -> bool:
+        """Whether as much waits for it as may, in events or in bytes."""
+        return self.waiting >= core.options.max_queue or self.waiting_size >= core.memory.session_limit
 
     def forget(self, pattern: str) -> None:
         """The subscription is over.  Under the lock."""
@@ -824,6 +1061,11 @@ class Session:
         return len(self.queue) + (len(self.acknowledgement.sent) if self.acknowledgement else 0)
 
     @property
+    def waiting_size(self) -> int:
+        """Bytes of those events."""
+        return (self.queue.size if self.queue else 0) + (self.acknowledgement.size if self.acknowledgement else 0)
+
+    @property
     def uses_stream(self) -> bool:
         """With acknowledgement events leave with replies to connects only, whatever the transport."""
         return self.stream is not None and self.acknowledgement is None
@@ -843,6 +1085,53 @@ class Session:
         return self.lazy_deadline if self.lazy_deadline < deadline and self.can_take_events else deadline
 
 
+class ApplicationFault(Exception):
+    """The application's code failed.  That has been logged; the text names the code."""
+
+
+class ApplicationCode:
+    """The one place that calls the application's functions: services, access control, extensions, callbacks, handlers.
+
+    They may take their time, so no lock is held and no turn kept while they run, and the leader never comes here.
+    They may raise anything: an asyncio.CancelledError or sys.exit() must not end a thread that others need.
+    """
+
+    def __init__(self, logger: logging.Logger, turns: Turns) -> None:
+        self._logger = logger
+        self._turns = turns
+
+    def call(self, name: str, function: Callable, *arguments: Any) -> Any:
+        """Call the function, and return its result.
+
+        Arguments:
+            name: of the function, for the log.
+
+        Raises:
+            BayeuxError: as the function raised it.
+            ApplicationFault: it raised something else, which is in the log now.
+            KeyboardInterrupt: in the main thread, where Ctrl-C means the application and not us.
+        """
+        with self._turns.interrupted():
+            try:
+                return function(*arguments)
+            except BayeuxError:
+                raise
+            except BaseException as fault:
+                if isinstance(fault, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                    raise
+                self._logger.exception("%s failed", name)
+                raise ApplicationFault(name) from None
+
+    def run(self, name: str, function: Callable, *arguments: Any) -> None:
+        """Call a function whose failure is nobody's but its own."""
+        try:
+            self.call(name, function, *arguments)
+        except BayeuxError:
+            self._logger.exception("%s failed", name)
+        except ApplicationFault:
+            pass
+
+
 class Mailbox:
     """Work for the application's code, done in order, a piece at a time, on a handler thread, without the lock.
 
@@ -850,40 +1139,57 @@ class Mailbox:
     may do what it likes, publishing and closing included, and a slow one holds up only itself.
     """
 
-    __slots__ = ("core", "handle", "is_scheduled", "items")
+    __slots__ = ("core", "handle", "is_scheduled", "items", "size")
 
     def __init__(self, core: Bayeux, handle: Callable[[Any], None]) -> None:
         self.core = core
         self.handle = handle
-        self.items: list = []
+        self.items: collections.deque[tuple[Any, int]] = collections.deque()
+        self.size = 0                   # bytes of the pieces that wait
         self.is_scheduled = False
 
-    def put(self, item: Any) -> None:
+    def put(self, item: Any, size: int = 0) -> None:
         """Under the lock.  The core's wake() then sees to it that it is opened."""
-        self.items.append(item)
+        assert self.core.lock.locked()
+        self.items.append((item, size))
+        self.size += size
+        if self.has_too_much():
+            self.core.full_mailboxes.add(self)
         if not self.is_scheduled:
             self.is_scheduled = True
             self.core.scheduled_mailboxes += 1
             self.core.mailboxes.append(self)
 
+    def has_too_much(self) -> bool:
+        """Whether as much waits in it as may."""
+        return len(self.items) >= self.core.options.max_queue or self.size >= self.core.memory.mailbox_limit
+
+    def clear(self) -> None:
+        """Under the lock."""
+        self.items.clear()
+        self.size = 0
+        self.core.full_mailboxes.discard(self)
+
     def open(self) -> None:
-        """Handle all there is; a piece that fails is logged and harms no other."""
+        """Handle all there is; a piece that fails harms no other."""
         core, me = self.core, threading.get_ident()
         while True:
             with core.lock:
-                items, self.items = self.items, []
                 core.opening.add(me)
-                if not items:
+                if not self.items:
                     self.is_scheduled = False
                     core.scheduled_mailboxes -= 1
                     core.opening.discard(me)
                     core.condition.notify_all()         # for whoever stops the server and waits for this
                     return
-            for item in items:
-                try:
-                    self.handle(item)
-                except APPLICATION_FAULTS:
-                    core.logger.exception("a callback failed")
+                item, size = self.items.popleft()
+                self.size -= size
+                if core.full_mailboxes and not self.has_too_much():
+                    core.full_mailboxes.discard(self)
+            try:
+                self.handle(item)
+            except BaseException:       # whatever it is, the next piece is handled
+                core.logger.exception("a piece of work for callbacks failed")
 
 
 # ======================================================================================
@@ -927,10 +1233,14 @@ def version_key(version: str) -> list[tuple]:
     return elements
 
 
+def subscriptions_size(patterns: Iterable[str]) -> int:
+    return sum([SUBSCRIPTION_SIZE + len(pattern) for pattern in patterns])
+
+
 class Turn:
     """What the messages of one request share."""
 
-    __slots__ = ("connecting", "events", "exchange", "is_shared", "published", "publishes")
+    __slots__ = ("connecting", "events", "exchange", "is_shared", "published", "publishes", "refusals")
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
@@ -939,6 +1249,7 @@ class Turn:
         self.events: Sequence[Event] = ()               # those, where they have been taken already
         self.published: list[Event] = []                # on one channel, one after another, and not yet queued
         self.publishes = 0                              # how many of its messages were events
+        self.refusals: list[tuple[Any, BayeuxError]] = []       # of messages, with their channels
 
 
 class Bayeux:
@@ -948,21 +1259,25 @@ class Bayeux:
         options: limits, times, and the application's code (§11 has the table of them).
         logger: one line for each refusal goes here.
         run_later: runs a function on another thread, soon; here, if there are no threads (tests).
-        step_aside: called before the application's code, which may take its time, runs on this thread.
         deliver_here: has this thread send what is in line, now or before it sleeps; False: the wait is to do it.
         after_next_look: has this thread call a function once it has read what else has come; False: it cannot.
         clock: seconds that only ever grow.
+        memory: counts what waits (§3).
+        turns: has long work done in turns (§3).
     """
 
     def __init__(self, options: Options, logger: logging.Logger | None = None,
                  run_later: Callable[[Callable], None] = lambda job: job(),
-                 step_aside: Callable[[], None] = lambda: None,
                  deliver_here: Callable[[], bool] = lambda: False,
                  after_next_look: Callable[[Callable[[], None]], bool] = lambda job: False,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 clock: Callable[[], float] = time.monotonic,
+                 memory: Memory | None = None, turns: Turns | None = None) -> None:
         self.options = options
         self.logger = logger or logging.getLogger("bayeux_server")
         self.clock = clock
+        self.memory = memory or Memory(options.max_memory)
+        self.turns = turns or Turns()
+        self.application = ApplicationCode(self.logger, self.turns)
         self.services = dict(options.services)
         self.lock = threading.Lock()
         self.condition = threading.Condition(self.lock)
@@ -971,30 +1286,45 @@ class Bayeux:
         self.local_clients: dict[str, LocalClient] = {}
         # In line to be sent: sessions with events and what can carry them, and answers that were made already.
         self.ready: collections.deque[Session | Answer] = collections.deque()
-        self.overfull: list[Session | LocalClient] = []                     # with more events than max_queue
+        self.overfull: list[Session] = []                                   # that let too much pile up
         self.timers: list[tuple[float, Session]] = []                       # a heap: when to look at whom
         self.mailboxes: list[Mailbox] = []                                  # to be opened
+        self.full_mailboxes: set[Mailbox] = set()                           # that take no more
         self.opening: set[int] = set()                                      # threads that run callbacks
         self.scheduled_mailboxes = 0                                        # those, and those being opened
         self.stopping = False
         self._departed: collections.OrderedDict[str, str] = collections.OrderedDict()
         self._run_later = run_later
-        self._step_aside = step_aside
         self._deliver_here = deliver_here
         self._after_next_look = after_next_look
         self._postponed: collections.deque[Answer] = collections.deque()    # replies to publishes
+        self._sending_postponed = threading.Lock()
         self._listeners: dict[str, list[Callable]] = {event: [] for event in EVENTS}
         if options.callback:
             self.add_listener(options.callback)
         self._notices = Mailbox(self, self._tell_listeners)
+        self._log_lines = Mailbox(self, lambda line: self.logger.log(*line))
+        self._untold: set[str] = set()                                      # sessions that the listeners have missed
+        self._missed_notices = 0                                            # since the listeners have fallen behind
         self._incoming = [each.incoming for each in options.extensions if hasattr(each, "incoming")]
         self._lazy_patterns = frozenset(options.lazy_channels)
         self.connection_types = CONNECTION_TYPES + ((CROSS_ORIGIN,) if options.allowed_origins else ())
         self._outgoing = [each.outgoing for each in reversed(options.extensions) if hasattr(each, "outgoing")]
         self._meta = {HANDSHAKE: self._handshake, CONNECT: self._connect, DISCONNECT: self._disconnect,
                       SUBSCRIBE: self._subscribe, UNSUBSCRIBE: self._unsubscribe, PING: self._ping}
+        self._asks_application = bool(options.message_acl or self._incoming or self._outgoing)
 
     # -- A batch ---------------------------------------------------------------------------
+
+    def may_take_its_time(self, messages: list) -> bool:
+        """Whether a batch is for a handler thread: it is long, or the application has a say in it."""
+        if self._asks_application or len(messages) > SHORT_BATCH:
+            return True
+        for message in messages:
+            channel = message.get("channel") if isinstance(message, dict) else None
+            if isinstance(channel, str) and channel.startswith(SERVICE):
+                return True
+        return False
 
     def receive(self, messages: list, exchange: Exchange) -> None:
         """Handle a batch and answer it through the exchange, at once or (a held connect) later.
@@ -1007,6 +1337,8 @@ class Bayeux:
         turn = Turn(exchange)
         texts = self._replies_to_all(messages, turn) if len(messages) > 1 else self._replies_to(messages[0], turn)
         self._deliver_published(turn)
+        if turn.refusals:
+            self._log_refusals(turn, len(messages))
         self.wake()
         if texts:                           # none: its connect is held, and answered by who delivers
             self._answer(turn, texts)
@@ -1018,8 +1350,13 @@ class Bayeux:
             return self._replies_to(messages[channels.index(HANDSHAKE)], turn)
         turn.is_shared = True
         replies: list[list[str]] = [[]] * len(messages)
+        is_aside = self.turns.is_here()
         for place in sorted(range(len(messages)), key=lambda place: channels[place] != CONNECT):
             replies[place] = self._replies_to(messages[place], turn)
+            if is_aside:
+                self.turns.pause()
+                if turn.exchange.is_gone():
+                    break
         return [text for each in replies for text in each]
 
     def _replies_to(self, message: Any, turn: Turn) -> list[str]:
@@ -1031,14 +1368,23 @@ class Bayeux:
                 request = self._admit(session, message, turn)
                 return self._handle(session, request, turn)
             except BayeuxError as error:
-                self.logger.info("refused %.100r from %s: %s", request.get("channel"), turn.exchange.address or "-",
-                                 error)
+                turn.refusals.append((request.get("channel"), error))
                 return self._finish(session, request, refusal(request, error))
-        except APPLICATION_FAULTS:          # ours or an extension's: the neighbours are answered all the same
+        except Exception as fault:          # the neighbours are answered all the same
             request = message if isinstance(message, dict) else {}
-            self.logger.exception("handling a message on %.100r failed", request.get("channel"))
+            if not isinstance(fault, ApplicationFault):
+                self.logger.exception("handling a message on %.100r failed", request.get("channel"))
             error = BayeuxError(500, self._channel_shown(request), "The server failed")
             return [encode_json(refusal(request, error))]
+
+    def _log_refusals(self, turn: Turn, count: int) -> None:
+        """One line for a request, however many of its messages were refused."""
+        (channel, error), address = turn.refusals[0], turn.exchange.address or "-"
+        if count == 1:
+            self.logger.info("refused %.100r from %s: %s", channel, address, error)
+        else:
+            self.logger.info("refused %d of %d messages from %s, the first on %.100r: %s",
+                             len(turn.refusals), count, address, channel, error)
 
     def _session_of(self, message: dict, turn: Turn) -> Session | None:
         """The session that the message's clientId names, if it names one; its lease begins anew."""
@@ -1066,7 +1412,7 @@ class Bayeux:
             raise BayeuxError(400, self._channel_shown(message), "id must be a string or a number")
         for incoming in self._incoming:
             self.application_comes(turn)
-            message = incoming(session, message)
+            message = self.application.call("an extension", incoming, session, message)
             if message is None:
                 raise BayeuxError(403, "", "An extension refused the message")
         channel = message.get("channel")
@@ -1111,11 +1457,9 @@ class Bayeux:
         raise BayeuxError(402, client_id, "Unknown client" + (f" - it ended by {reason}" if reason else ""),
                           advice=self._advice("handshake"))
 
-    def application_comes(self, turn: Turn | None = None) -> None:
-        """The next call may take its time: let what has been published leave, and another thread lead."""
-        if turn is not None:
-            self._deliver_published(turn)
-        self._step_aside()
+    def application_comes(self, turn: Turn) -> None:
+        """The next call may take its time: what has been published leaves now."""
+        self._deliver_published(turn)
         self.wake()
 
     def _check_acl(self, session: Session, message: dict, turn: Turn) -> None:
@@ -1126,9 +1470,8 @@ class Bayeux:
         channel = message["channel"]
         self.application_comes(turn)
         try:
-            answer = acl(session, message)
-        except APPLICATION_FAULTS:
-            self.logger.exception("message_acl failed; the message on %s is refused", channel)
+            answer = self.application.call("message_acl", acl, session, message)
+        except ApplicationFault:
             answer = "Refused"
         if answer is not None and answer is not True and answer != "":
             raise BayeuxError.from_text(403, channel, answer if isinstance(answer, str) else "Refused")
@@ -1366,9 +1709,13 @@ class Bayeux:
         patterns = self._patterns(message)
         with self.lock:
             self._require_live(session)
-            wanted = [each for each in patterns if not each.startswith(SERVICE)]    # those SHOULD NOT be recorded
-            if len(session.patterns.keys() | wanted) > self.options.max_subscriptions:
+            # Service channels SHOULD NOT be recorded.  A dict, as a set would forget their order.
+            wanted = dict.fromkeys(each for each in patterns if not each.startswith(SERVICE)).keys()
+            new = wanted - session.patterns.keys()
+            if len(session.patterns) + len(new) > self.options.max_subscriptions:
                 raise BayeuxError(429, SUBSCRIBE, f"More than {self.options.max_subscriptions} subscriptions")
+            if self.memory.is_too_much_for(address_group(session.address), subscriptions_size(new)):
+                raise BayeuxError(429, SUBSCRIBE, f"Too many subscriptions from {session.address}")
             for pattern in wanted:
                 self.add_subscription(session, pattern)
         return self._finish(session, message, self._success(message, subscription=message["subscription"]))
@@ -1407,13 +1754,20 @@ class Bayeux:
         assert self.lock.locked()
         if pattern not in subscriber.patterns:
             subscriber.patterns[self.registry.add(pattern, subscriber)] = None
+            self._count_subscriptions(subscriber, [pattern])
             self.tell("subscribe", client_id=subscriber.id, channel=pattern)
 
     def remove_subscription(self, subscriber: Session | LocalClient, pattern: str) -> None:
         assert self.lock.locked()
+        self._count_subscriptions(subscriber, [pattern], -1)
         subscriber.forget(pattern)
         self.registry.discard(pattern, subscriber)
         self.tell("unsubscribe", client_id=subscriber.id, channel=pattern)
+
+    def _count_subscriptions(self, subscriber: Session | LocalClient, patterns: Iterable[str], sign: int = 1) -> None:
+        """A remote client's count against its address."""
+        if isinstance(subscriber, Session) and patterns:
+            self.memory.take_for(address_group(subscriber.address), sign * subscriptions_size(patterns))
 
     def _require_live(self, session: Session) -> None:
         """It may have ended since the message was let in: another of its requests may have said so."""
@@ -1433,6 +1787,8 @@ class Bayeux:
         """
         if "data" not in message:
             raise BayeuxError(400, message["channel"], "data is missing")
+        if self.full_mailboxes:
+            self._require_room(message["channel"])
         event = self._event(message["channel"], message["data"], session.id, message.get("id"), message.get("ext"))
         turn.published.append(event)
         turn.publishes += 1
@@ -1448,7 +1804,14 @@ class Bayeux:
             fields["id"] = id
         if self.options.timestamp:
             fields["timestamp"] = timestamp_now()
-        return Event(fields, client_id, id, self._is_lazy(channel))
+        return Event(fields, client_id, id, self._is_lazy(channel), self.memory)
+
+    def _require_room(self, channel: str) -> None:
+        """A local client that is too far behind loses nothing, and is not ended: publishers have to wait for it."""
+        with self.lock:
+            for subscriber in self.registry.subscribers(channel):
+                if isinstance(subscriber, LocalClient) and subscriber.mailbox in self.full_mailboxes:
+                    raise BayeuxError(429, channel, "A subscriber in the server is too far behind")
 
     def _is_lazy(self, channel: str) -> bool:
         """(CometD's lazy channels): for news that nobody waits for."""
@@ -1469,7 +1832,6 @@ class Bayeux:
 
     def _deliver(self, events: Parcel) -> None:
         """Queue the events, all of one channel, for its subscribers.  Overlapping subscriptions deliver one copy."""
-        notices = [event.notice() for event in events] if self._listeners["publish"] else ()
         own_events = [each for event in events for each in self._own_events(event)] if self._outgoing else None
         with self.lock:
             if own_events is None:
@@ -1478,10 +1840,11 @@ class Bayeux:
             else:
                 for subscriber, own_event in own_events:
                     if own_event is not None and not subscriber.ended:
-                        subscriber.accept((own_event,), self)
+                        subscriber.accept(Parcel([own_event]), self)
             self._end_overfull()
-            for notice in notices:
-                self.tell("publish", **notice)
+            if self._listeners["publish"]:
+                for event in events:
+                    self._notify("publish", event, event.client_id, event.size)
 
     def _own_events(self, event: Event) -> list[tuple[Session | LocalClient, Event | None]]:
         """The subscribers, each with the event as it is to get it: one encoding for each."""
@@ -1495,7 +1858,7 @@ class Bayeux:
             return event
         message = self._through_extensions(subscriber, json.loads(event.text))
         try:
-            return Event(message, is_lazy=event.is_lazy) if message is not None else None
+            return Event(message, is_lazy=event.is_lazy, memory=self.memory) if message is not None else None
         except (KeyError, TypeError, ValueError):
             self.logger.exception("an extension made of an event what cannot be sent; it is dropped")
             return None
@@ -1503,8 +1866,8 @@ class Bayeux:
     def _end_overfull(self) -> None:
         """A client that does not fetch its events must not fill our memory."""
         assert self.lock.locked()
-        for subscriber in self.overfull:
-            subscriber.end(ENDED_QUEUE, self)
+        for session in self.overfull:
+            self.end_session(session, ENDED_QUEUE)
         self.overfull.clear()
 
     # -- Services --------------------------------------------------------------------------
@@ -1522,30 +1885,38 @@ class Bayeux:
         service = self.services.get(channel[len(SERVICE):]) or self.services.get("_handler")
         if service is None:
             raise BayeuxError(404, channel, "Unknown service")
-        self.application_comes()
+        self.application_comes(turn)
         try:
-            returned = service(message)
-            if returned is None:
-                returned = []
-            answers = [returned] if isinstance(returned, dict) else list(returned)
+            answers = self.application.call(f"the service on {channel}", self._ask_service, service, message)
             replies = [{**self._success(request), **answer} for answer in answers] or [self._success(request)]
             return [text for reply in replies for text in self._finish(session, request, reply)]
         except BayeuxError:
             raise
-        except APPLICATION_FAULTS:
-            self.logger.exception("the service on %s failed", channel)
+        except ApplicationFault:
             raise BayeuxError(500, channel, "The service failed") from None
+        except (TypeError, ValueError):
+            self.logger.exception("the service on %s returned what JSON cannot hold", channel)
+            raise BayeuxError(500, channel, "The service failed") from None
+
+    @staticmethod
+    def _ask_service(service: Callable, message: dict) -> list[dict]:
+        """Call the service.  Its answers as a list; one that is a generator runs here, too."""
+        returned = service(message)
+        if returned is None:
+            return []
+        return [dict(each) for each in ([returned] if isinstance(returned, dict) else returned)]
 
     # -- Extensions ------------------------------------------------------------------------
 
     def _through_extensions(self, session: Session | None, message: dict) -> dict | None:
         """The message as the outgoing extensions leave it; None where one drops it, or fails."""
         for outgoing in self._outgoing:
-            self.application_comes()
             try:
-                message = outgoing(session, message)
-            except APPLICATION_FAULTS:
-                self.logger.exception("an extension failed; its message is dropped")
+                message = self.application.call("an extension", outgoing, session, message)
+            except ApplicationFault:
+                return None
+            except BayeuxError as error:
+                self.logger.info("an extension dropped a message to %s: %s", session, error)
                 return None
             if message is None:
                 return None
@@ -1562,6 +1933,7 @@ class Bayeux:
         self.sessions.pop(session.id, None)
         for pattern in session.patterns:
             self.registry.discard(pattern, session)
+        self._count_subscriptions(session, session.patterns, -1)
         session.patterns = {}
         self._departed[session.id] = reason
         if len(self._departed) > REMEMBERED_SESSIONS:
@@ -1571,11 +1943,14 @@ class Bayeux:
         session.queue = ()
         if session.acknowledgement:
             session.acknowledgement.sent, session.acknowledgement.sent_again = {}, {}
+            session.acknowledgement.size = 0
         if session.hold is not None:
             self._release(session.hold, self._farewell(session, reason), last_events)
         elif session.uses_stream and last_events:
             self.ready.append(Answer(session.stream, [], None, last_events))
         self._attach(session, None)
+        if reason not in (ENDED_ASKED, ENDED_SHUTDOWN):
+            self.log_later(logging.INFO, "session %s ended: %s", session.id, reason)
         self.tell("client_disconnect", client_id=session.id, reason=reason)
 
     def _farewell(self, session: Session, reason: str) -> dict:
@@ -1691,11 +2066,12 @@ class Bayeux:
             if not events or first.in_flight:
                 continue
             if stream is not None and first.acknowledgement is None:
-                if len(events) > max_frame_events:
+                is_shared = broadcast is not None and events is broadcast.events
+                if not is_shared and (len(events) > max_frame_events or events.size > MAX_ANSWER):
                     events = self._take_events(first, max_frame_events)
                 else:
                     first.queue, first.is_urgent, first.lazy_deadline, first.in_flight = (), False, math.inf, True
-                if broadcast is None or events is not broadcast.events or type(stream) is not type(broadcast.exchange):
+                if not is_shared or type(stream) is not type(broadcast.exchange):
                     broadcast = Broadcast(stream, events)
                     answers.append(broadcast)
                 broadcast.ways.append((first, stream))
@@ -1705,19 +2081,21 @@ class Bayeux:
         return answers
 
     def _take_answer(self, session: Session) -> Answer:
-        limit = self.options.max_frame_events if session.stream is not None else None
+        limit = self.options.max_frame_events if session.stream is not None else math.inf
         answer = self._take_hold(session.hold)
         answer.events = self._take_events(session, limit)
         return answer
 
     @staticmethod
-    def _take_events(session: Session, limit: int | None = None) -> Sequence[Event]:
-        """The session's next events; none while others of it are in flight."""
+    def _take_events(session: Session, limit: float = math.inf) -> Sequence[Event]:
+        """The session's next events, as many as one answer carries; none while others of it are in flight."""
         if session.in_flight:
             return ()
         events, session.queue = session.queue, ()
-        if limit is not None and len(events) > limit:
-            events, session.queue = events[:limit], events[limit:]
+        if events and (len(events) > limit or events.size > MAX_ANSWER):
+            count = count_for_answer(events, limit)
+            events, rest = events[:count], events[count:]
+            session.queue = Backlog(rest) if rest else ()
         session.is_urgent, session.lazy_deadline = bool(session.queue), math.inf
         if session.acknowledgement:
             for event in events:
@@ -1744,7 +2122,7 @@ class Bayeux:
             if events and not session.acknowledgement:
                 session.in_flight = False
                 if not is_written and not session.ended:
-                    session.queue = [*events, *session.queue]
+                    session.queue = Backlog([*events, *session.queue])
                     session.is_urgent = True
             if session.queue:
                 self.make_ready(session)
@@ -1829,12 +2207,11 @@ class Bayeux:
                 self.settle_later(answer, is_written)
 
     def _send_postponed(self) -> None:
-        """Send the first of the replies that were to wait."""
-        try:
-            answer = self._postponed.popleft()
-        except IndexError:
-            return                          # all have left already, before another answer
-        self.send([answer])
+        """Send the first of the replies that were to wait; it stands in line until it is sent, so none overtakes it."""
+        with self._sending_postponed:
+            if self._postponed:             # else all have left already, before another answer
+                self.send([self._postponed[0]])
+                self._postponed.popleft()
 
     def answer_now(self, exchange: Exchange) -> None:
         """Answer the connect held on the exchange, if it still is: another request came behind it."""
@@ -1931,25 +2308,52 @@ class Bayeux:
         for event in events:
             if event not in EVENTS:
                 raise ValueError(f"there is no event {event!r}; it must be one of {', '.join(EVENTS)}")
-        for event in events:
-            self._listeners[event] = [*self._listeners[event], listener]
+        with self.lock:
+            for event in events:
+                self._listeners[event] = [*self._listeners[event], listener]
 
     def tell(self, event: str, /, **details: Any) -> None:
-        """Let the listeners know, in order, on a thread of their own.  What is None is left out, but for data."""
+        """Let the listeners know, in order, on a thread of their own."""
         assert self.lock.locked()
-        if self._listeners[event] or event == "client_disconnect":
-            self._notices.put((event, {key: value for key, value in details.items()
-                                       if value is not None or key == "data"}))
+        if self._listeners[event]:
+            self._notify(event, details, details["client_id"])
 
-    def _tell_listeners(self, notice: tuple[str, dict]) -> None:
+    def _notify(self, event: str, details: dict | Event, client_id: str | None, size: int = 0) -> None:
+        """Put a notice into the listeners' mailbox, if there is room.
+
+        Listeners that are too far behind miss what was published and subscribed, and sessions as a whole: whose
+        beginning they were not told, they do not hear of.  So an application that keeps a list of who is there keeps
+        it right; and its mistake neither fills the memory nor stops the server.
+        """
+        assert self.lock.locked()
+        if self._notices in self.full_mailboxes and event != "client_disconnect":
+            if event == "client_connect":
+                self._untold.add(client_id)
+            if not self._missed_notices:
+                self.log_later(logging.WARNING, "the listeners are too far behind; they miss what happens now")
+            self._missed_notices += 1
+        elif client_id in self._untold:
+            if event == "client_disconnect":
+                self._untold.discard(client_id)
+        else:
+            self._notices.put((event, details), size + NOTICE_SIZE)
+
+    def _tell_listeners(self, notice: tuple[str, dict | Event]) -> None:
         event, details = notice
-        if event == "client_disconnect" and details["reason"] not in (ENDED_ASKED, ENDED_SHUTDOWN):
-            self.logger.info("session %s ended: %s", details["client_id"], details["reason"])
+        if isinstance(details, Event):
+            details = details.notice()
+        if self._missed_notices and self._notices not in self.full_mailboxes:
+            missed, self._missed_notices = self._missed_notices, 0
+            self.logger.warning("the listeners have missed %d notices, and hear of what happens again", missed)
+        told = {key: value for key, value in details.items() if value is not None or key == "data"}
         for listener in self._listeners[event]:
-            try:
-                listener(event, dict(details))
-            except APPLICATION_FAULTS:
-                self.logger.exception("a listener failed on %s", event)
+            self.application.run(f"a listener on {event}", listener, event, dict(told))
+
+    def log_later(self, level: int, text: str, *arguments: Any) -> None:
+        """Write a line into the log on a handler thread: under the lock nothing may be written."""
+        assert self.lock.locked()
+        if not self._log_lines.has_too_much():
+            self._log_lines.put((level, text, *arguments), NOTICE_SIZE)
 
     # -- Calls from inside the process -----------------------------------------------------
     #
@@ -1979,21 +2383,27 @@ class Bayeux:
     def publish(self, channel: str, data: Any, client_id: str | None = None, id: Any = None,
                 ext: dict | None = None) -> None:
         self.require_broadcast(channel, is_channel_name(channel))
+        if self.full_mailboxes:
+            self._require_room(channel)
         self._deliver(Parcel([self._event(channel, data, client_id, id, ext)]))
         self.wake()
 
     def client_push(self, client_id: str, channel: str, data: Any = None, **extra: Any) -> None:
         if not is_channel_name(channel) or channel.startswith(META):
             raise BayeuxError(405, channel, "Bad channel name")
-        event = Event({"channel": channel, "data": data, **extra})
+        event = Event({"channel": channel, "data": data, **extra}, memory=self.memory)
         with self.lock:
             subscriber = self.subscriber(client_id)
+            if isinstance(subscriber, LocalClient) and subscriber.mailbox in self.full_mailboxes:
+                raise BayeuxError(429, channel, "The local client is too far behind")
         own_event = self._own_event(subscriber, event)
         with self.lock:
             if own_event is not None and not subscriber.ended:
-                subscriber.accept((own_event,), self)
+                subscriber.accept(Parcel([own_event]), self)
             self._end_overfull()
-            self.tell("client_push", client_id=client_id, channel=channel, data=data, **extra)
+            if self._listeners["client_push"]:
+                notice = {"client_id": client_id, "channel": channel, "data": data, **extra}
+                self._notify("client_push", notice, client_id, event.size)
         self.wake()
 
     def disconnect(self, client_id: str, reason: str) -> None:
@@ -2017,11 +2427,13 @@ class Bayeux:
 # ======================================================================================
 
 live_servers: weakref.WeakSet = weakref.WeakSet()       # where LocalClient looks for an alias
+live_servers_lock = threading.Lock()                    # held while it is read or changed
 
 
 def find_server(alias: str) -> Any:
     """The one live server of that alias, or ValueError."""
-    found = [server for server in list(live_servers) if server.options.alias == alias]
+    with live_servers_lock:
+        found = [server for server in live_servers if server.options.alias == alias]
     if len(found) != 1:
         number = "more than one" if found else "no"
         raise ValueError(f"{number} server in this process has the alias {alias!r}; pass the server itself")
@@ -2051,7 +2463,7 @@ class LocalClient:
         self.ended: str | None = None
         self._on_end = on_end
         self._callbacks: dict[str, Callable[[dict], None]] = {}
-        self._mailbox = Mailbox(self._core, self._handle)
+        self.mailbox = Mailbox(self._core, self._handle)
         with self._core.lock:
             if self._core.stopping:
                 raise ValueError("the server has stopped")
@@ -2113,7 +2525,8 @@ class LocalClient:
         """Send data (whatever JSON can hold) to all subscribers of the channel, this client included.
 
         Raises:
-            BayeuxError: no channel's name (405), or a /meta/ or /service/ channel (403).
+            BayeuxError: no channel's name (405), a /meta/ or /service/ channel (403), or a local client that
+                is subscribed to it has more than max_queue events to handle already (429).
             TypeError, ValueError: JSON cannot hold the data.
         """
         self._core.publish(channel, data, self.id, id, ext)
@@ -2126,13 +2539,11 @@ class LocalClient:
 
     # The core's side, the same as a session's.
 
-    def accept(self, events: Sequence[Event], core: Bayeux) -> None:
+    def accept(self, events: Parcel, core: Bayeux) -> None:
         """Take events for the callbacks.  Under the lock."""
         if self._callbacks:
             for event in events:
-                self._mailbox.put(event)
-            if len(self._mailbox.items) > core.options.max_queue:
-                core.overfull.append(self)
+                self.mailbox.put(event, event.size)
 
     def forget(self, pattern: str) -> None:
         """The subscription is over.  Under the lock."""
@@ -2150,24 +2561,21 @@ class LocalClient:
         self.patterns = {}
         core.tell("client_disconnect", client_id=self.id, reason=reason)
         if reason != ENDED_SHUTDOWN:
-            self._mailbox.items.clear()
+            self.mailbox.clear()
         if self._on_end is not None:
-            self._mailbox.put(None)
+            self.mailbox.put(None)
 
     def _handle(self, event: Event | None) -> None:
         if event is None:
-            return self._on_end(self.ended)
+            return self._core.application.run(f"on_end of the local client {self.id}", self._on_end, self.ended)
         matching = patterns_matching(event.channel)
         with self._core.lock:
             # Each callback once; and none that was taken away while the event waited.
             callbacks = [callback for pattern, callback in self._callbacks.items() if pattern in matching]
         for callback in dict.fromkeys(callbacks):
             if self.ended in (None, ENDED_SHUTDOWN):
-                try:
-                    callback(event.local_message())
-                except APPLICATION_FAULTS:
-                    self._core.logger.exception("a callback of the local client %s failed on %s",
-                                                self.id, event.channel)
+                self._core.application.run(f"a callback of the local client {self.id} on {event.channel}",
+                                           callback, event.local_message())
 
 
 # ======================================================================================
@@ -2195,9 +2603,15 @@ class LongPollWait(threading.Thread):
         self._delivering = threading.Lock()
 
     def run(self) -> None:
-        while self._sleep():
-            self.deliver()
-            self._core.wake()           # sessions may have ended, and listeners want to know
+        while True:
+            try:
+                if not self._sleep():
+                    return
+                self.deliver()
+                self._core.wake()       # sessions may have ended, and listeners want to know
+            except Exception:           # whatever it is, others wait for their events
+                self._core.logger.exception("the long-poll wait failed, and goes on")
+                time.sleep(FAILURE_PAUSE)
 
     def _sleep(self) -> bool:
         """Wait until there is something to do; False: there never will be."""
@@ -2219,11 +2633,14 @@ class LongPollWait(threading.Thread):
             return False
         try:
             sent: list[tuple[Answer, bool]] = []
+            end = time.monotonic() + 4 * TURN
             for _ in range(rounds) if rounds else itertools.count():
                 answers = self._settle_and_take(sent, ANSWERS_AT_ONCE)
                 if not answers:
                     return True
                 sent = self._core.send(answers)
+                if rounds and time.monotonic() > end:
+                    break
             self._settle_and_take(sent, 0)
             return True
         finally:
@@ -2316,16 +2733,15 @@ class FrameReader:
         max_size: bytes of a message, all its fragments together.
     """
 
-    __slots__ = ("_buffer", "_decoder", "_fragments", "_max_size", "_opcode", "_place", "_size")
+    __slots__ = ("_buffer", "_decoder", "_fragments", "_max_size", "_opcode", "_place")
 
     def __init__(self, max_size: int) -> None:
         self._max_size = max_size
-        self._buffer = b""
+        self._buffer: bytes | bytearray = b""
         self._place = 0                         # where the next frame begins in it
         self._opcode = CONTINUATION_FRAME       # of the message whose fragments are being read; else this
-        self._fragments: list | None = None     # text, or bytes
+        self._fragments: bytearray | None = None        # all in one: a list of small ones takes many times the memory
         self._decoder: codecs.IncrementalDecoder | None = None      # of its text
-        self._size = 0
 
     def feed(self, data: bytes) -> Iterator[tuple[int, Any]]:
         """The messages that data completes, one by one: (opcode, payload).
@@ -2333,11 +2749,17 @@ class FrameReader:
         Payloads are text for TEXT_FRAME, (code, reason) for CLOSE_FRAME, and bytes.  What came before a fault
         is given before WebSocketError is raised.
         """
-        self._buffer = self._buffer + data if self._buffer else data
+        if not self._buffer:
+            self._buffer = data
+        else:
+            if isinstance(self._buffer, bytes):
+                self._buffer = bytearray(self._buffer)      # it grows, and is not copied for each part of a frame
+            self._buffer += data
         while True:
             parsed = self._next_frame()
             if parsed is None:
-                self._buffer, self._place = self._buffer[self._place:], 0       # an idle socket keeps nothing
+                if self._place:                         # an idle socket keeps nothing
+                    self._buffer, self._place = self._buffer[self._place:], 0
                 return
             is_final, opcode, payload = parsed
             if opcode & IS_CONTROL:
@@ -2345,10 +2767,20 @@ class FrameReader:
             elif is_final and opcode != CONTINUATION_FRAME:
                 yield opcode, self._decoded(payload) if opcode == TEXT_FRAME else payload
             elif self._take_fragment(is_final, opcode, payload):
-                message = ("" if self._opcode == TEXT_FRAME else b"").join(self._fragments)
-                opcode, self._opcode = self._opcode, CONTINUATION_FRAME
-                self._fragments, self._decoder, self._size = None, None, 0
-                yield opcode, message
+                fragments, opcode = self._fragments, self._opcode
+                self._fragments, self._decoder, self._opcode = None, None, CONTINUATION_FRAME
+                yield opcode, fragments.decode("utf-8") if opcode == TEXT_FRAME else bytes(fragments)
+
+    @property
+    def size(self) -> int:
+        """Bytes that it keeps until the rest of a message has come."""
+        return len(self._buffer) + len(self._fragments or b"")
+
+    def take_rest(self) -> bytes:
+        """What has been fed and not yet been read, when its messages are not to be read now."""
+        rest = bytes(self._buffer[self._place:])
+        self._buffer, self._place = b"", 0
+        return rest
 
     def _next_frame(self) -> tuple[bool, int, bytes] | None:
         """The next whole frame, or None.  What can be refused by its head is refused before its payload is there."""
@@ -2363,7 +2795,7 @@ class FrameReader:
         self._check_head(first, second, opcode)
         if len(buffer) < start:
             return None
-        if not opcode & IS_CONTROL and self._size + length > self._max_size:
+        if not opcode & IS_CONTROL and len(self._fragments or b"") + length > self._max_size:
             raise WebSocketError(TOO_BIG, f"a message is larger than {self._max_size} bytes")
         end = start + 4 + length
         if len(buffer) < end:
@@ -2387,12 +2819,11 @@ class FrameReader:
     def _take_fragment(self, is_final: bool, opcode: int, payload: bytes) -> bool:
         """Keep the fragment; whether the message is complete.  Text is checked at once, within a character too."""
         if opcode != CONTINUATION_FRAME:
-            self._opcode, self._fragments = opcode, []
+            self._opcode, self._fragments = opcode, bytearray()
             self._decoder = codecs.getincrementaldecoder("utf-8")() if opcode == TEXT_FRAME else None
-        self._size += len(payload)
-        part = self._decoded(payload, is_final) if self._decoder else payload
-        if part:                                # empty fragments without end must not fill the memory
-            self._fragments.append(part)
+        if self._decoder is not None:
+            self._decoded(payload, is_final)
+        self._fragments += payload
         return is_final
 
     def _decoded(self, payload: bytes, is_final: bool = True) -> str:
@@ -2419,65 +2850,155 @@ class FrameReader:
 # §9  Connections
 #
 # A connection costs no thread while nothing happens on it: it is *parked* in a selector.
-# The handler threads take turns at watching the selector.  The one whose turn it is, the
-# leader, reads what came, handles it and answers, delivers what was published (§7), and goes
-# on watching: no hand-over, no system call but the reading and the writing.  Only where the
-# application's code, or a file, may take its time it steps aside first, and another thread
-# leads ("Leader/Followers", Schmidt and others, 2000).
+# One thread, the leader, watches the selector.  It reads what came, handles it and answers,
+# delivers what was published (§7), and goes on watching: no hand-over, no system call but the
+# reading and the writing.  What may take its time it hands over to a handler thread: a long
+# request, everything that the application's code has a part in, the reading of files.  So
+# nothing but the number of short requests keeps the leader from going round.
 #
 #   parked      in the selector, no exchange; bytes wake it, KEEP_ALIVE seconds end it
 #   busy        has an exchange: a request is being handled, or its connect is held
+#   handled     by a handler thread; the leader looks at it again when that is done
 #   writing     its output waits for a slow peer; nothing is read meanwhile
 #   streaming   its protocol is no longer HTTP: anything may be sent on it at any time
 #   closing     was answered for the last time; what comes is thrown away until the peer hangs up
 #
-# Who may do what: only the leader touches the selector, reads and closes.  Any thread may
-# write the answer of an exchange; a connection's own lock, under which nothing else is taken,
-# keeps writing and closing apart (a closed socket's number may be another client's by then).
+# Who may do what: only the leader touches the selector and closes; it reads, unless a handler
+# thread has the connection.  Any thread may write the answer of an exchange; a connection's own
+# lock, under which nothing else is taken, keeps writing and closing apart (a closed socket's
+# number may be another client's by then).
+#
+# Handler threads are shared out by address: no address has more than half of them at once, its
+# other requests wait in its own line, and the lines take turns.  While none comes free, as each
+# is stuck in the application's code, a request that needs one is refused with 503 at once; all
+# that needs none goes on.
 # ======================================================================================
 
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
+class Job(NamedTuple):
+    """Work for a handler thread.
+
+    Attributes:
+        run: the work.
+        address: for which client's address it is; None: for none.
+        refuse: called instead, when it has waited too long for a thread; None: it may wait for ever.
+        since: when it was asked for.
+    """
+
+    run: Callable[[], None]
+    address: str | None
+    refuse: Callable[[], None] | None
+    since: float
+
+
 class HandlerThreads:
-    """Runs jobs on threads that are kept for the next job; as many threads as needed, up to a limit."""
+    """Runs jobs on threads that are kept for the next job; as many threads as needed, up to a limit.
 
-    def __init__(self, limit: int, logger: logging.Logger) -> None:
+    Arguments:
+        limit: the number of threads, without the leader.
+        limits_addresses: whether one address may have no more than half of them.
+    """
+
+    def __init__(self, limit: int, logger: logging.Logger, limits_addresses: bool = True) -> None:
         self._limit = limit
+        self._limit_by_address = max(1, limit // 2) if limits_addresses else limit
         self._logger = logger
-        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
-        self._idle = threading.Semaphore(0)
-        self._starting = threading.Lock()
+        self._lock = threading.Lock()                       # guards all that follows
+        self._begun: queue.SimpleQueue[Job | None] = queue.SimpleQueue()        # for the threads that are idle
+        self._waiting: dict[str | None, collections.deque[Job]] = {}            # by address, the next in turn first
+        self._running: collections.Counter[str | None] = collections.Counter()  # jobs by address
         self._count = 0
+        self._idle = 0
+        self._last_end = time.monotonic()                   # of a job
 
-    def run(self, job: Callable[[], None]) -> None:
-        self._jobs.put(job)
-        if not self._idle.acquire(blocking=False):
-            with self._starting:
-                if self._count < self._limit:
-                    try:
-                        name = f"bayeux handler {self._count + 1}"
-                        threading.Thread(target=self._work, name=name, daemon=True).start()
-                        self._count += 1
-                    except RuntimeError as error:       # the job waits for the next idle one
-                        self._logger.error("no more handler threads than %d: %s", self._count, error)
+    def run(self, run: Callable[[], None], address: str | None = None, refuse: Callable[[], None] | None = None) -> None:
+        """Have a job done, now or when a thread is free for it; or refuse it at once, if none becomes free."""
+        job = Job(run, address, refuse, time.monotonic())
+        with self._lock:
+            has_thread = self._idle > 0 or (self._count < self._limit and self._start_thread())
+            if has_thread and self._is_allowed(address):
+                self._idle -= 1
+                self._running[address] += 1
+                self._begun.put(job)
+                return
+            is_stuck = not has_thread and job.since - self._last_end > STUCK_AFTER
+            if refuse is None or not is_stuck:
+                self._waiting.setdefault(address, collections.deque()).append(job)
+                return
+        refuse()
+
+    def _is_allowed(self, address: str | None) -> bool:
+        return not address or self._running[address] < self._limit_by_address
+
+    def _start_thread(self) -> bool:
+        assert self._lock.locked()
+        try:
+            threading.Thread(target=self._work, name=f"bayeux handler {self._count + 1}", daemon=True).start()
+        except RuntimeError as error:           # the job waits for the next idle one
+            self._logger.error("no more handler threads than %d: %s", self._count, error)
+            return False
+        self._count += 1
+        self._idle += 1
+        return True
 
     def _work(self) -> None:
-        while True:
-            job = self._jobs.get()
-            if job is None:
-                return
+        job = self._begun.get()
+        while job is not None:
             try:
-                job()
-            except Exception:
+                job.run()
+            except BaseException:               # whatever it is, the thread is needed for others
                 self._logger.exception("a handler thread's job failed")
-            self._idle.release()
+            job = self._next_job(job.address) or self._begun.get()
+
+    def _next_job(self, address: str | None) -> Job | None:
+        """A job for that address is done: the next one, from the next line that may have a thread; or None."""
+        with self._lock:
+            self._last_end = time.monotonic()
+            self._running[address] -= 1
+            if not self._running[address]:
+                del self._running[address]
+            for waiting, line in self._waiting.items():
+                if self._is_allowed(waiting):
+                    job = line.popleft()
+                    del self._waiting[waiting]
+                    if line:                    # behind all the others
+                        self._waiting[waiting] = line
+                    self._running[waiting] += 1
+                    return job
+            self._idle += 1
+            return None
+
+    def refuse_late(self) -> None:
+        """Refuse the jobs that have waited too long, and all if no thread becomes free any more."""
+        now, late = time.monotonic(), []
+        with self._lock:
+            is_stuck = self._idle == 0 and self._count >= self._limit and now - self._last_end > STUCK_AFTER
+            patience = STUCK_AFTER if is_stuck else LONGEST_QUEUE
+            for address, line in list(self._waiting.items()):
+                late += [job for job in line if job.refuse and now - job.since > patience]
+                line = collections.deque(job for job in line if not (job.refuse and now - job.since > patience))
+                if line:
+                    self._waiting[address] = line
+                else:
+                    del self._waiting[address]
+        for job in late:
+            job.refuse()
 
     def stop(self) -> None:
         """Let the threads end as they become idle; one that is stuck in the application's code is left alone."""
-        with self._starting:
+        with self._lock:
+            self._waiting.clear()
             for _ in range(self._count):
-                self._jobs.put(None)
+                self._begun.put(None)
+
+
+class Part(NamedTuple):
+    """Output that waits for a slow peer, and whom to tell whether it was written."""
+
+    data: memoryview
+    when_written: Callable[[bool], None] | None
 
 
 class Connection:
@@ -2487,30 +3008,31 @@ class Connection:
     expired(connection) when its deadline is over, lost(connection) when it is closed.
     """
 
-    __slots__ = ("address", "deadline", "exchange", "idle_time", "input", "is_arriving", "is_closed",
-                 "is_closing", "is_handled", "lock", "output", "protocol", "request", "socket", "source", "watch",
-                 "watched", "when_written", "written")
+    __slots__ = ("address", "deadline", "exchange", "group", "idle_time", "input", "is_arriving", "is_closed",
+                 "is_closing", "is_handled", "kept", "lock", "output", "protocol", "request", "socket", "source",
+                 "unsent", "watch", "watched")
     is_secure = False
 
     def __init__(self, client_socket: socket.socket, address: str, watch: Watch, protocol: Any) -> None:
         self.socket = client_socket
         self.address = address
+        self.group = address_group(address)
         self.watch = watch
         self.protocol = protocol
         self.lock = threading.Lock()
         self.input = b""
         self.request: Request | None = None                 # being read
         self.exchange: Any | None = None                    # being answered; a request or fault where it needs none
-        self.output: bytes | memoryview = b""               # a view, as bytes would be copied for each part sent
-        self.source: FileSource | None = None               # of more output
-        self.when_written: tuple[tuple[int, Callable[[bool], None]], ...] = ()      # at which byte, whom to tell
-        self.written = 0                                    # bytes of output, ever
+        self.output: collections.deque[Part] | tuple[()] = ()       # waits for the peer
+        self.unsent = 0                                     # bytes of it
+        self.source: BodySource | None = None               # of more output
         self.idle_time: float | None = None                 # after an exchange; None: KEEP_ALIVE
-        self.is_handled = False                             # by a thread that does not lead
+        self.is_handled = False                             # by a handler thread
         self.is_arriving = False                            # a request has begun to come
         self.is_closing = False
         self.is_closed = False
         self.deadline = time.monotonic() + watch.patience
+        self.kept = 0                                       # bytes of input and output, as last counted
         self.watched = 0                                    # what the selector watches for; 0: it is not in it
 
     def receive(self) -> bytes | None:
@@ -2522,12 +3044,23 @@ class Connection:
         except OSError:
             return b""
 
-    def write(self, data: bytes, source: FileSource | None = None, is_last: bool = False,
+    def is_gone(self) -> bool:
+        """Whether the peer has hung up; for a handler thread that has the connection, and may spare itself work."""
+        if self.is_closed:
+            return True
+        try:
+            return socket.socket.recv(self.socket, 1, socket.MSG_PEEK) == b""       # beneath TLS, too
+        except WOULD_BLOCK:
+            return False
+        except OSError:
+            return True
+
+    def write(self, data: bytes, source: BodySource | None = None, is_last: bool = False,
               when_written: Callable[..., None] | None = None, *arguments: Any) -> bool | None:
         """Answer the exchange, without blocking.
 
         Arguments:
-            data, source: what to send: bytes, then those of a file.
+            data, source: what to send: bytes, then those of a body that is read as they leave.
             is_last: the connection ends with it.
             when_written: called later, with the arguments and whether all was written, if that is not known now.
 
@@ -2563,7 +3096,16 @@ class Connection:
             self.watch.resume(self)
         return is_written
 
-    def _send_or_keep(self, data: bytes, source: FileSource | None, when_written: Callable[..., None] | None,
+    def push_interim(self, data: bytes) -> None:
+        """Send before the answer (100 Continue).  The exchange goes on."""
+        with self.lock:
+            if not self.is_closed:
+                is_written = self._send_or_keep(data, None, None, ())
+                if is_written is not None:
+                    return                  # a peer that is gone is seen to be by who reads
+        self.watch.resume(self)
+
+    def _send_or_keep(self, data: bytes, source: BodySource | None, when_written: Callable[..., None] | None,
                       arguments: tuple) -> bool | None:
         """Send what there is room for, and keep the rest for flush(); returns what write() does."""
         assert self.lock.locked()
@@ -2577,59 +3119,80 @@ class Connection:
             return True
         if not self.output:                     # else the peer's time is running already
             self.deadline = time.monotonic() + self.watch.patience
-        self.output, self.source = memoryview(bytes(self.output) + data[sent:]), source
-        if when_written is not None:
-            self.when_written += ((self.written + len(self.output), partial(when_written, *arguments)),)
+            self.output = collections.deque()
+        # The rest is not added to what waits, or it would be copied for each frame that follows.
+        rest = memoryview(data)[sent:]
+        self.output.append(Part(rest, partial(when_written, *arguments) if when_written else None))
+        self.unsent += len(rest)
+        self.source = source
         return None
-
-    def write_interim(self, data: bytes) -> None:
-        """Send a few bytes before the answer (100 Continue).  Where there is no room for them they are left out."""
-        with self.lock:
-            if not self.output and not self.is_closed:
-                try:
-                    self.socket.send(data)
-                except OSError:
-                    pass
 
     def flush(self) -> None:
         """Write more of what waits, as there is room now; not without end, or others would wait.  The leader's."""
+        written: list[Callable[[bool], None]] = []
+        lost: list[Callable[[bool], None]] = []
         with self.lock:
             try:
-                is_written = any(self._write_part() for _ in range(PARTS_AT_ONCE))
+                is_written = any(self._write_part(written) for _ in range(PARTS_AT_ONCE))
             except WOULD_BLOCK:
                 is_written = None
-            except (OSError, ValueError):       # ValueError: a file that has shrunk
-                self._drop_output()
+            except OSError:
+                lost = self._drop_output()
                 self._shut(socket.SHUT_RDWR)
                 is_written = False
-            written = []
-            while self.when_written and self.when_written[0][0] <= self.written:
-                written.append(self.when_written[0][1])
-                self.when_written = self.when_written[1:]
-            if is_written:
-                self._finish_exchange()
+            is_finished = is_written and self.source is None
+            if is_finished:
+                self.output = ()
+                if self.exchange is not None or self.request is None:       # else it was a 100 Continue
+                    self._finish_exchange()
         for when_written in written:
             when_written(True)
-        if is_written is not None:
+        for when_written in lost:
+            when_written(False)
+        if is_written and not is_finished:
+            self.watch.read_body(self)
+        elif is_written is not None:
             self.watch.resume(self)
 
-    def _write_part(self) -> bool:
-        """Some of the output; whether all of it is written now."""
-        if not self.output and self.source is not None:
-            self.output = memoryview(next(self.source, b""))
-            if not self.output:
-                self._drop_output()
+    def _write_part(self, written: list[Callable[[bool], None]]) -> bool:
+        """Some of the output; whether all of it that is there is written now."""
         if self.output:
-            sent = self.send(self.output)
-            self.written += sent
-            self.output = self.output[sent:]
+            data, when_written = self.output[0]
+            sent = self.send(data) if data else 0
+            self.unsent -= sent
             self.deadline = time.monotonic() + self.watch.patience
-        return not self.output and self.source is None
+            if sent < len(data):
+                self.output[0] = Part(data[sent:], when_written)
+                return False
+            self.output.popleft()
+            if when_written is not None:
+                written.append(when_written)
+        return not self.output
 
-    def _drop_output(self) -> None:
+    def fill(self, part: bytes) -> None:
+        """The next part of the body has been read; b'': that was all.  A handler thread's."""
+        with self.lock:
+            if self.is_closed or self.source is None:
+                return
+            if self.source.is_closed:
+                self.source = None
+            if part:
+                self.output = collections.deque((Part(memoryview(part), None),))
+                self.unsent += len(part)
+                self.deadline = time.monotonic() + self.watch.patience
+            else:
+                self.output = ()
+                self._finish_exchange()
+
+    def _drop_output(self) -> list[Callable[[bool], None]]:
+        """It cannot be written any more.  Those who are to be told."""
+        assert self.lock.locked()
+        lost = [part.when_written for part in self.output if part.when_written is not None]
+        self.output, self.unsent = (), 0
         if self.source is not None:
-            self.source.close()
-        self.output, self.source = b"", None
+            self.watch.threads.run(self.source.close)       # a body of the application's: foreign code
+            self.source = None
+        return lost
 
     def send(self, data: bytes | memoryview) -> int:
         return self.socket.send(data)
@@ -2637,8 +3200,8 @@ class Connection:
     def _finish_exchange(self) -> None:
         """The answer is written: the connection is free for the next request, or closing."""
         assert self.lock.locked()
-        self.exchange = None
         self.deadline = time.monotonic() + (LINGER if self.is_closing else self.idle_time or KEEP_ALIVE)
+        self.exchange = None                    # last: from now on the leader may begin another
         if self.is_closing:
             self._shut(socket.SHUT_WR)          # and wait for the peer's end, or a reset may overtake the answer
 
@@ -2660,12 +3223,17 @@ class Connection:
             if self.is_closed:
                 return
             self.is_closed = True
+            self._shut(socket.SHUT_RDWR)        # a child that was forked may have the socket, too, and keep it open
             self.socket.close()
-            lost, self.when_written = self.when_written, ()
-            self._drop_output()
-        for _, when_written in lost:
+            lost = self._drop_output()
+        for when_written in lost:
             when_written(False)
         self.protocol.lost(self)
+
+    @property
+    def size(self) -> int:
+        """Bytes that it keeps: what has come of a request, and what its peer has not taken in."""
+        return len(self.input) + self.protocol.kept_input(self) + self.unsent
 
 
 class TLSConnection(Connection):
@@ -2686,33 +3254,37 @@ class TLSConnection(Connection):
 
 
 class Watch:
-    """Parked connections, and the thread that watches them.
+    """Parked connections, and the leader, which watches them.
 
     Arguments:
         listener: the listening socket; accept() is called when somebody connects.
         deliver: sends what is ready; called by the leader before it waits.  Whether it is to be called again soon.
-        threads: where the leader comes from.
+        threads: to which it hands over what may take its time.
         patience: seconds a peer may take to send a request, or to take in an answer.
+        memory, turns: see §3.
     """
 
     def __init__(self, listener: socket.socket, accept: Callable[[], None], deliver: Callable[[], bool],
-                 threads: HandlerThreads, patience: float, logger: logging.Logger) -> None:
+                 threads: HandlerThreads, patience: float, logger: logging.Logger, memory: Memory,
+                 turns: Turns) -> None:
         self.patience = patience
+        self.threads = threads
         self._deliver = deliver
         self.connections: set[Connection] = set()
         self._listener = listener
         self._accept = accept
-        self._threads = threads
         self._logger = logger
+        self._memory = memory
+        self._turns = turns
         self._selector = selectors.DefaultSelector()
         self._resumed: collections.deque[Connection] = collections.deque()
         self._jobs: collections.deque[Callable[[], None]] = collections.deque()     # for after the next look
         self._waking, self._woken = socket.socketpair()
         self._waking.setblocking(False)
         self._woken.setblocking(False)
+        self._waking_lock = threading.Lock()    # between writing and closing: the number may be another's by then
         self._is_awake = False
         self._leader: int | None = None
-        self._current: Connection | None = None
         self._is_accepting = False
         self._wants_accepting = True
         self._accepts_from = 0.0                # a time, after file descriptors have run out
@@ -2722,7 +3294,7 @@ class Watch:
 
     def start(self) -> None:
         self._selector.register(self._woken, selectors.EVENT_READ, None)
-        self._threads.run(self._lead)
+        threading.Thread(target=self._lead, name="bayeux leader", daemon=True).start()
 
     def adopt(self, connection: Connection) -> None:
         """Park a new connection."""
@@ -2735,22 +3307,56 @@ class Watch:
         self.wake()
 
     def wake(self) -> None:
-        if self._leader != threading.get_ident() and not self._is_awake:
-            self._is_awake = True
-            try:
-                self._waking.send(b"\0")
-            except OSError:                     # full: it is awake; closed: it is over
-                pass
+        if not self._is_awake and not self.is_led_here():
+            with self._waking_lock:
+                self._is_awake = True
+                try:
+                    self._waking.send(b"\0")
+                except OSError:                 # full: it is awake; closed: it is over
+                    pass
 
-    def step_aside(self) -> None:
-        """Called where this thread may be a while.  If it leads, another takes over, without this connection."""
-        if self._leader == threading.get_ident():
-            self._do_jobs()      # the next leader may have to wait for a thread
-            if self._current is not None:
-                self._current.is_handled = True
-                self._watch_for(self._current, 0)
-            self._leader = None
-            self._threads.run(self._lead)
+    def hand_over(self, connection: Connection, job: Callable[[], None], refuse: Callable[[], None] | None = None,
+                  address: str | None = None) -> None:
+        """Have a handler thread do what may take its time, in turns; here, if this thread is one already.
+
+        The connection is not looked at until it is done.  If there is no thread, refuse is called instead, by the
+        leader, and if the client has hung up by then, nothing.
+        """
+        if not self.is_led_here():
+            return job()
+        connection.is_handled = True
+        self._watch_for(connection, 0)
+        self.threads.run(partial(self._handle, connection, job), address or connection.group,
+                         refuse and partial(self._handle_refusal, connection, refuse))
+
+    def _handle(self, connection: Connection, job: Callable[[], None]) -> None:
+        try:
+            with self._turns:
+                if not connection.is_gone():
+                    job()
+        except BaseException:
+            self._logger.exception("a request from %s failed", connection.address)
+            connection.abort()
+        finally:
+            connection.is_handled = False
+            self.resume(connection)
+
+    def _handle_refusal(self, connection: Connection, refuse: Callable[[], None]) -> None:
+        connection.is_handled = False
+        self._attend(connection, lambda connection: refuse())
+        self.resume(connection)
+
+    def read_body(self, connection: Connection) -> None:
+        """Have a handler thread read on in the body that is being sent; it may be slow, or fail."""
+        self.hand_over(connection, partial(self._read_on, connection, connection.source))
+
+    def _read_on(self, connection: Connection, source: BodySource) -> None:
+        try:
+            connection.fill(source.read())
+        except Exception as fault:          # half of it has been sent: to hang up is all that can be said now
+            if not isinstance(fault, ApplicationFault):
+                self._logger.info("a connection from %s is closed: %s", connection.address, fault)
+            connection.abort()
 
     def after_next_look(self, job: Callable[[], None]) -> bool:
         """Have the leader do something once it has seen what else has come.  False: this thread does not lead."""
@@ -2758,12 +3364,6 @@ class Watch:
             self._jobs.append(job)
             return True
         return False
-
-    def give_back(self, connection: Connection) -> None:
-        """Called when this thread is done with a connection: where it has stepped aside, the leader gets it back."""
-        if not self.is_led_here():
-            connection.is_handled = False
-            self.resume(connection)
 
     def is_led_here(self) -> bool:
         return self._leader == threading.get_ident()
@@ -2778,7 +3378,7 @@ class Watch:
         self.wake()
 
     def stop(self) -> None:
-        """Close every connection, and let no thread lead any more."""
+        """Close every connection, and lead no more."""
         self._is_over = True
         self._is_awake = False
         self.wake()
@@ -2786,55 +3386,51 @@ class Watch:
     # -- The leader ------------------------------------------------------------------------
 
     def _lead(self) -> None:
-        me = self._leader = threading.get_ident()
+        self._leader = threading.get_ident()
         while not self._is_over:
-            jobs = len(self._jobs)
-            is_busy = self._has_more_to_deliver() or self._resumed or jobs
-            for key, ready in self._selector.select(0 if is_busy else self._seconds_to_sweep()):
-                if key.data is not None:
-                    self._attend(key.data, self._look_at_socket, ready)
-                elif key.fileobj is self._listener:
-                    self._accept()
-                else:
-                    self._woken.recv(4096)
-                    self._is_awake = False      # after the reading: a wake in between finds us awake
-                if self._leader != me:
-                    return                      # what was not attended to is seen again by the next leader
-            self._do_jobs(jobs)
-            for _ in range(len(self._resumed)):
-                self._attend(self._resumed.popleft(), self._look_again)
-                if self._leader != me:
-                    return
-            if time.monotonic() >= self._next_sweep:
-                self._sweep()
-                if self._leader != me:
-                    return
-        self._do_jobs()
+            try:
+                self._go_round()
+            except Exception:               # whatever it is, all the connections need a leader
+                self._logger.exception("the leader's round failed; it goes on")
+                time.sleep(FAILURE_PAUSE)
+        self._do_jobs(len(self._jobs))
         self.close_all()
 
-    def _do_jobs(self, limit: float = math.inf) -> None:
-        """What was left for after the next look: the first few, or all."""
+    def _go_round(self) -> None:
+        """Deliver; look at the sockets on which something has come, then at what other threads have resumed."""
+        jobs = len(self._jobs)
+        has_more = self._deliver() or self._resumed or jobs
+        self._turns.is_leader_busy = False
+        if self._turns.is_leader_awaited:
+            self._turns.end_round()
+        events = self._selector.select(0 if has_more else self._seconds_to_sweep())
+        self._turns.is_leader_busy = True
+        for key, ready in events:
+            if key.data is not None:
+                self._attend(key.data, self._look_at_socket, ready)
+            elif key.fileobj is self._listener:
+                self._accept()
+            else:
+                self._woken.recv(4096)
+                self._is_awake = False      # after the reading: a wake in between finds us awake
+        self._do_jobs(jobs)
+        for _ in range(len(self._resumed)):
+            self._attend(self._resumed.popleft(), self._look_again)
+        if time.monotonic() >= self._next_sweep:
+            self._sweep()
+
+    def _do_jobs(self, limit: int) -> None:
+        """The first few of what was left for after the next look."""
         for _ in range(min(limit, len(self._jobs))):
             self._jobs.popleft()()
 
-    def _has_more_to_deliver(self) -> bool:
-        """Deliver, first; what goes wrong must not take the leader away from the others."""
-        try:
-            return self._deliver()
-        except Exception:
-            self._logger.exception("delivering failed")
-            return False
-
     def _attend(self, connection: Connection, look: Callable[..., None], *arguments: Any) -> None:
         """Look at a connection; what goes wrong ends that one only."""
-        self._current = connection
         try:
             look(connection, *arguments)
         except Exception:
             self._logger.exception("a connection from %s failed", connection.address)
             connection.abort()
-        if self.is_led_here():
-            self._current = None
 
     def _look_at_socket(self, connection: Connection, ready: int) -> None:
         if connection.watched & ready & selectors.EVENT_WRITE:
@@ -2842,26 +3438,51 @@ class Watch:
         elif connection.watched & ready:        # else it was closed, or handed over, since the selector saw it
             data = connection.receive()
             if data == b"":
-                self._do_jobs()      # a client that says no more may wait for an answer
-                self.close(connection)
-            elif data is not None and not connection.is_closing:
+                self._do_jobs(len(self._jobs))  # a client that says no more may wait for an answer
+                return self.close(connection)
+            if data is not None and not connection.is_closing:
                 connection.input = connection.input + data if connection.input else data
                 connection.protocol.consume(connection)
+        if connection.kept or connection.input or connection.request is not None or connection.output:
+            self.count(connection)
 
     def _look_again(self, connection: Connection) -> None:
         if connection.is_closed:
             return
-        is_writing = connection.output or connection.source is not None
-        wanted = selectors.EVENT_WRITE if is_writing else 0 if connection.is_handled else selectors.EVENT_READ
-        self._watch_for(connection, wanted)
-        if connection.input and wanted == selectors.EVENT_READ and not connection.is_closing:
+        if connection.source is not None and not connection.output and not connection.is_handled:
+            return self.read_body(connection)
+        if connection.input and not (connection.output or connection.is_handled or connection.is_closing):
             connection.protocol.consume(connection)
+        # A client that sends faster than it is answered has to wait: not all its input is read at once.
+        is_ahead = connection.is_handled or (len(connection.input) > RECEIVE_SIZE and not connection.is_closing)
+        self._watch_for(connection, selectors.EVENT_WRITE if connection.output else 0 if is_ahead
+                        else selectors.EVENT_READ)
+        self.count(connection)
 
     def _look_at_deadline(self, connection: Connection) -> None:
-        if connection.is_closing or connection.output or connection.source is not None:
+        if connection.is_handled and connection.source is not None:
+            return                              # the body is slow, not the client
+        if connection.is_closing or connection.output:
             self.close(connection)
         elif not connection.is_handled:         # else the time is ours
             connection.protocol.expired(connection)
+
+    def count(self, connection: Connection) -> None:
+        """Count what the connection keeps now, and let go who keeps too much."""
+        size = 0 if connection.is_closed else connection.size
+        if size != connection.kept:
+            connection.kept, change = size, size - connection.kept
+            self._memory.take_for(connection.group, change)
+            if change > 0 and size > self._memory.connection_limit:
+                self._drop(connection, "its connection")
+            elif change > 0 and self._memory.is_too_much_for(connection.group):
+                neighbours = [each for each in self.connections if each.group == connection.group]
+                self._drop(max(neighbours, key=lambda each: each.kept), "its address")
+
+    def _drop(self, connection: Connection, whose: str) -> None:
+        self._logger.warning("a connection from %s is closed; %s keeps too many bytes waiting, %d in this connection",
+                             connection.address, whose, connection.kept)
+        self.close(connection)
 
     def _watch_for(self, connection: Connection, wanted: int) -> None:
         if connection.watched == wanted or connection.is_closed:
@@ -2878,16 +3499,23 @@ class Watch:
         self._watch_for(connection, 0)
         self.connections.discard(connection)
         connection.close()
+        self.count(connection)
 
     def _look_after_listener(self) -> None:
-        is_due = self._wants_accepting and time.monotonic() >= self._accepts_from
+        wants = self._wants_accepting           # once: the thread that stops the server may change it meanwhile
+        is_due = wants and time.monotonic() >= self._accepts_from
         if is_due and not self._is_accepting:
             self._selector.register(self._listener, selectors.EVENT_READ, None)
         elif self._is_accepting and not is_due:
             self._selector.unregister(self._listener)
         self._is_accepting = is_due
-        if not self._wants_accepting:
-            self._listener.close()
+        if not wants:
+            self._close_listener()
+
+    def _close_listener(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)       # a child that was forked may have it, too
+        self._listener.close()
 
     def pause_accepting(self) -> None:
         """There are no more file descriptors: try again in a second."""
@@ -2902,17 +3530,22 @@ class Watch:
         now = time.monotonic()
         self._next_sweep = now + min(1.0, self.patience / 4)
         self._look_after_listener()
-        for connection in list(self.connections):
-            if connection.deadline <= now and self.is_led_here():
-                self._attend(connection, self._look_at_deadline)
+        self.threads.refuse_late()
+        late = [connection for connection in list(self.connections) if connection.deadline <= now]
+        for connection in late:
+            if time.monotonic() > now + TURN:       # the rest is late in the next round, too
+                self._next_sweep = 0.0
+                return
+            self._attend(connection, self._look_at_deadline)
 
     def close_all(self) -> None:
         for connection in list(self.connections):
             self.close(connection)
         if self._wants_accepting:
-            self._listener.close()
+            self._close_listener()
         self._selector.close()
-        self._waking.close()
+        with self._waking_lock:
+            self._waking.close()
         self._woken.close()
         self._leader = None
         self.has_ended.set()
@@ -3112,6 +3745,11 @@ class ChunkedBody:
         self._missing = 0               # bytes of the chunk that is being read
         self._read = self._read_size
 
+    @property
+    def size(self) -> int:
+        """Bytes that are kept until the rest has come."""
+        return len(self.body) + len(self._buffer)
+
     def feed(self, data: bytes) -> bytes:
         """Take in data; what stands behind the body's end comes back."""
         self._buffer += data
@@ -3177,7 +3815,7 @@ class HttpExchange(Exchange):
         self.transport = CALLBACK_POLLING if callback else LONG_POLLING
         self.address = request.address
         self._cookie = request.headers.get("cookie")
-        self.may_hold = not connection.input
+        self.may_hold = not connection.input.strip(b"\r\n")     # else another request waits behind it
         self.is_large = len(request.body or request.query) > http_transport.options.max_message_size
         self.is_counted = True                  # among the open requests of its address
         self._http = http_transport
@@ -3206,6 +3844,9 @@ class HttpExchange(Exchange):
     def give_up(self) -> None:
         self._connection.abort()
 
+    def is_gone(self) -> bool:
+        return self._connection.is_gone()
+
     def pack(self, answer: Answer) -> bytes:
         self._is_last = self._is_last or self._http.is_stopping
         headers = self._headers + connection_header(self._version, self._is_last)
@@ -3233,6 +3874,13 @@ class HttpStream(Stream):
 
     def give_up(self) -> None:
         self._connection.abort()
+
+    def is_gone(self) -> bool:
+        return self._connection.is_gone()
+
+    def kept_input(self, connection: Connection) -> int:
+        """Bytes of what has come so far and is not complete."""
+        return 0
 
     def lost(self, connection: Connection) -> None:
         self._http.core.detach(self)
@@ -3308,40 +3956,75 @@ class WebSocket(HttpStream):
     def _packed(batch: bytes) -> bytes:
         return frame(TEXT_FRAME, batch)
 
+    def kept_input(self, connection: Connection) -> int:
+        return self._reader.size
+
     def consume(self, connection: Connection) -> None:
+        """Bytes have come.  Only so many messages are read at once, and none while output waits for the peer."""
         data, connection.input = connection.input, b""
-        connection.deadline, self._is_pinged = math.inf, False
+        self._is_pinged = False
+        if not connection.output:               # from here the time is ours, not the peer's
+            connection.deadline = math.inf
         try:
-            for opcode, payload in self._reader.feed(data):
-                self._take_message(opcode, payload)
+            for count, (opcode, payload) in enumerate(self._reader.feed(data), 1):
+                self._take_message(connection, opcode, payload)
                 if connection.is_closing:
+                    return
+                if count == REQUESTS_AT_ONCE or connection.is_handled or connection.output:
+                    connection.input = self._reader.take_rest()
                     break
         except WebSocketError as error:
             self._http.logger.info("refused a frame from %s: %d %s", self.address, error.code, error)
             self.close(error.code, str(error))
-        finally:
-            if not connection.is_closing and not connection.output:
-                connection.deadline = time.monotonic() + connection.idle_time
-            connection.watch.give_back(connection)
+        self._renew(connection)
+        if connection.input and not (connection.is_handled or connection.output):
+            connection.watch.resume(connection)
+        connection.watch.count(connection)
 
-    def _take_message(self, opcode: int, payload: Any) -> None:
+    @staticmethod
+    def _renew(connection: Connection) -> None:
+        """The peer has been heard of.  While it has output to take in, that does not gain it time."""
+        if not connection.is_closing and not connection.output:
+            connection.deadline = time.monotonic() + connection.idle_time
+
+    def _take_message(self, connection: Connection, opcode: int, payload: Any) -> None:
         if opcode == TEXT_FRAME:
-            self._take_batch(payload)
+            if len(payload) > SHORT_REQUEST:
+                self._hand_over(connection, partial(self._take_batch, connection, payload))
+            else:
+                self._take_batch(connection, payload)
         elif opcode == PING_FRAME:
-            self._connection.push(frame(PONG_FRAME, payload))
+            connection.push(frame(PONG_FRAME, payload))
         elif opcode == CLOSE_FRAME:             # answered with its own code (RFC 6455, "Close")
             self.close(payload[0])
         elif opcode == BINARY_FRAME:
             raise WebSocketError(UNSUPPORTED_DATA, "batches are text")
 
-    def _take_batch(self, text: str) -> None:
+    def _take_batch(self, connection: Connection, text: str) -> None:
+        core = self._http.core
         try:
-            messages = decode_batch([text])
+            messages = decode_batch([text], self._http.options.max_batch)
         except BayeuxError as error:
-            self._http.logger.info("refused a batch from %s: %s", self.address, error)
-            self._connection.push(self._packed(encode_json([refusal(None, error)]).encode("utf-8")))
+            self._refuse([None], error)
+            return
+        receive = partial(core.receive, messages, SocketExchange(self, text, self._http.options))
+        if core.may_take_its_time(messages):
+            self._hand_over(connection, receive, messages)
         else:
-            self._http.core.receive(messages, SocketExchange(self, text, self._http.options))
+            receive()
+
+    def _hand_over(self, connection: Connection, job: Callable[[], None], messages: Iterable = (None,)) -> None:
+        """Have a handler thread take care of a batch; the frames behind it wait."""
+        def run() -> None:
+            job()
+            self._renew(connection)
+        connection.watch.hand_over(connection, run, partial(self._refuse, messages, no_thread_error()),
+                                   address_group(self.address))
+
+    def _refuse(self, messages: Iterable, error: BayeuxError) -> None:
+        self._http.logger.info("refused a batch from %s: %s", self.address, error)
+        batch = encode_json([refusal(message, error) for message in messages])
+        self._connection.push(self._packed(batch.encode("utf-8")))
 
     def expired(self, connection: Connection) -> None:
         """The peer has been silent: is it still there?"""
@@ -3372,6 +4055,9 @@ class SocketExchange(Exchange):
 
     def give_up(self) -> None:
         self.stream.give_up()
+
+    def is_gone(self) -> bool:
+        return self.stream.is_gone()
 
     def pack(self, answer: Answer) -> bytes:
         return self.stream.pack(answer)
@@ -3427,6 +4113,10 @@ def batch_answer(status: int, batch: str, headers: str = "", callback: str | Non
     return b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), body if has_body else b"")
 
 
+def no_thread_error() -> BayeuxError:
+    return BayeuxError(503, "", "The server is busy - try again later", advice={"reconnect": "retry"})
+
+
 class HttpTransport:
     """Takes requests from connections, and brings each to the core, a content handler or a file."""
 
@@ -3446,34 +4136,46 @@ class HttpTransport:
         """Bytes have come.  Requests on one connection are answered in turn: a held connect is answered first."""
         try:
             for _ in range(REQUESTS_AT_ONCE):
-                if isinstance(connection.exchange, HttpExchange):
-                    self.core.answer_now(connection.exchange)
-                if connection.exchange is not None:
+                if connection.input[:1] == b"\r":       # an empty line left behind by an old client, and no request
+                    if connection.input[:2] == b"\r\n":
+                        connection.input = connection.input.lstrip(b"\r\n")
+                    if connection.input in (b"", b"\r"):
+                        return
+                if connection.exchange is not None and self._is_busy(connection):
                     return                      # its answer is being made; the connection is resumed after it
                 request = self._next_request(connection)
                 if request is None:
                     return
                 connection.deadline = math.inf  # from here the time is ours, not the client's
+                connection.is_arriving = False
                 self._respond(connection, request)
-                is_free = connection.input and not connection.is_closing and not connection.output
-                if not is_free or not self._watch.is_led_here():
+                is_waiting = connection.is_closing or connection.is_handled or connection.output
+                if is_waiting or not connection.input:
                     return
                 if connection.protocol is not self:
                     break                       # it has been upgraded, and its new protocol has input already
             self._watch.resume(connection)
         except HTTPFault as fault:              # not even a whole request
             self._refuse(connection, connection.request, fault, is_last=True)
-        finally:
-            self._watch.give_back(connection)
+
+    def _is_busy(self, connection: Connection) -> bool:
+        """Whether the answer before has to be made first; a held connect is answered now."""
+        with connection.lock:                   # the thread that answers lets go of the exchange under it
+            exchange = connection.exchange
+        if isinstance(exchange, HttpExchange):
+            self.core.answer_now(exchange)
+        return connection.exchange is not None
+
+    def kept_input(self, connection: Connection) -> int:
+        """Bytes of a body of which the rest has not come."""
+        request = connection.request
+        return request.chunks.size if request and request.chunks else len(request.body) if request else 0
 
     def expired(self, connection: Connection) -> None:
         if not connection.input and connection.request is None:
             return self._watch.close(connection)
-        try:
-            self._refuse(connection, connection.request, HTTPFault(
-                408, f"The request did not arrive within {self.options.request_timeout:g} s"), is_last=True)
-        finally:
-            self._watch.give_back(connection)
+        self._refuse(connection, connection.request, HTTPFault(
+            408, f"The request did not arrive within {self.options.request_timeout:g} s"), is_last=True)
 
     def lost(self, connection: Connection) -> None:
         exchange = connection.exchange
@@ -3493,8 +4195,6 @@ class HttpTransport:
         """The next whole request, or None until there is more of it."""
         request = connection.request
         if request is None:
-            if connection.input[:2] == b"\r\n":         # an empty line left behind by an old client
-                connection.input = connection.input.lstrip(b"\r\n")
             end = connection.input.find(b"\r\n\r\n", 0, MAX_HEAD)
             if end < 0:
                 return self._check_beginning(connection)
@@ -3555,7 +4255,7 @@ class HttpTransport:
             if "expect" in request.headers and request.version >= (1, 1):
                 if request.headers["expect"].lower() != "100-continue":
                     raise HTTPFault(417, "100-continue is the only expectation known here")
-                connection.write_interim(b"HTTP/1.1 100 Continue\r\n\r\n")
+                connection.push_interim(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     @staticmethod
     def _read_more(connection: Connection, request: Request) -> bool:
@@ -3589,30 +4289,49 @@ class HttpTransport:
 
     # -- Answering it ----------------------------------------------------------------------
 
-    def _respond(self, connection: Connection, request: Request) -> None:
-        connection.is_arriving = False
-        connection.exchange = request           # busy; a Bayeux request puts its own exchange here
+    def _respond(self, connection: Connection, request: Request, job: Callable[[], None] | None = None) -> None:
+        """Answer a request: here, if it is short and ours; files and the application's answers take a thread.
+
+        Arguments:
+            job: makes the answer, if that is known already.
+        """
+        connection.exchange = connection.exchange or request    # busy; a Bayeux request puts its own exchange here
         try:
-            if self._is_bayeux(request):
-                self._receive_batch(connection, request)
+            if job is not None:
+                job()
+            elif not self._is_bayeux(request):
+                self._hand_over(connection, request, partial(self._answer_plainly, connection, request))
+            elif len(request.body) > SHORT_REQUEST or len(request.query) > SHORT_REQUEST:
+                self._hand_over(connection, request, partial(self._receive_batch, connection, request))
             else:
-                self.core.application_comes()
-                self._send_plain(connection, request, self._plain_response(request))
+                self._receive_batch(connection, request)
         except HTTPFault as fault:
             self._refuse(connection, request, fault, is_last=not request.wants_keep_alive)
-        except BayeuxError as error:            # a body that holds no batch
-            self._refuse(connection, request, HTTPFault(400, error.text),
-                         is_last=not request.wants_keep_alive)
-        except APPLICATION_FAULTS:
-            self.logger.exception("%s %.200r failed", request.method, request.target)
+        except BayeuxError as error:            # a body that holds no batch, or too large a one
+            status = error.code if error.code == 413 else 400
+            self._refuse(connection, request, HTTPFault(status, error.text), is_last=not request.wants_keep_alive)
+        except Exception as fault:
+            if not isinstance(fault, ApplicationFault):
+                self.logger.exception("%s %.200r failed", request.method, request.target)
             self._refuse(connection, request, HTTPFault(500, "The server failed"), is_last=True)
+
+    def _hand_over(self, connection: Connection, request: Request, job: Callable[[], None],
+                   messages: Iterable = (None,)) -> None:
+        """Have a handler thread make the answer."""
+        fault = HTTPFault(503, "The server is busy - try again later", messages, Retry_After=str(BUSY_RETRY))
+        self._watch.hand_over(
+            connection, partial(self._respond, connection, request, job),
+            partial(self._refuse, connection, request, fault, not request.wants_keep_alive, False),
+            address_group(request.address))
 
     def _is_bayeux(self, request: Request) -> bool:
         """The path, or any below it: CometD's client appends handshake, connect and so on."""
         path = self.options.path
         return request.path == path or request.path.startswith(path + "/")
 
-    def _refuse(self, connection: Connection, request: Request | None, fault: HTTPFault, is_last: bool) -> None:
+    def _refuse(self, connection: Connection, request: Request | None, fault: HTTPFault, is_last: bool,
+                may_ask: bool = True) -> None:
+        """Answer with a fault.  may_ask: whether there is a thread on which post_handle can be called."""
         self.logger.info("refused %s from %s: %d %s",
                          f"{request.method[:20]} {request.target[:200]!r}" if request else "a request",
                          request.address if request else connection.address, fault.status, fault.text)
@@ -3629,8 +4348,14 @@ class HttpTransport:
             connection.write(batch_answer(fault.status, fault.batch(), headers, callback, has_body=has_body),
                              is_last=is_last)
         else:
-            self._send_plain(connection, request, Response(fault.text + "\n", fault.status, {
-                "Content-Type": "text/plain; charset=utf-8", **fault.headers}), is_last)
+            response = Response(fault.text + "\n", fault.status, {
+                "Content-Type": "text/plain; charset=utf-8", **fault.headers})
+            if may_ask and self.options.post_handle is not None:
+                refuse = partial(self._send_plain, connection, request, response, is_last)
+                self._watch.hand_over(connection, partial(self._send_handled, connection, request, response, is_last),
+                                      refuse, address_group(request.address))
+            else:
+                self._send_plain(connection, request, response, is_last)
 
     # -- Bayeux ----------------------------------------------------------------------------
 
@@ -3651,7 +4376,15 @@ class HttpTransport:
             texts: Iterable[bytes | str] = form_messages(request.query)
         else:
             callback, texts = None, post_messages(request)
-        messages = decode_batch(texts)
+        messages = decode_batch(texts, self.options.max_batch)
+        if self.core.may_take_its_time(messages):
+            job = partial(self._receive_messages, connection, request, callback, messages)
+            self._hand_over(connection, request, job, messages)
+        else:
+            self._receive_messages(connection, request, callback, messages)
+
+    def _receive_messages(self, connection: Connection, request: Request, callback: str | None,
+                          messages: list) -> None:
         exchange = HttpExchange(self, connection, request, callback)
         self._begin_request(exchange, messages)
         connection.exchange = exchange
@@ -3773,17 +4506,15 @@ class HttpTransport:
 
     # -- Plain HTTP ------------------------------------------------------------------------
 
+    def _answer_plainly(self, connection: Connection, request: Request) -> None:
+        is_last = not request.wants_keep_alive or self.is_stopping
+        self._send_handled(connection, request, self._plain_response(request), is_last)
+
     def _plain_response(self, request: Request) -> Response:
         for prefix, handler in self._handlers:
             if request.path == prefix or request.path.startswith(prefix.rstrip("/") + "/"):
-                returned = handler(request)
-                if isinstance(returned, Response):
-                    returned.check()
-                    return returned
-                if isinstance(returned, (str, bytes)):
-                    return Response(returned, headers={"Content-Type": "text/html; charset=utf-8"})
-                raise TypeError(f"the content handler of {prefix} must return a Response, text or bytes, "
-                                f"not {returned!r}")
+                return self.core.application.call(f"the content handler of {prefix}", self._ask_handler,
+                                                  prefix, handler, request)
         if self.options.docroot is None:
             raise HTTPFault(404, f"Nothing here; Bayeux is at {self.options.path}")
         if request.method == "OPTIONS":
@@ -3792,18 +4523,33 @@ class HttpTransport:
             raise HTTPFault(405, "Files are read by GET or HEAD", Allow="GET, HEAD, OPTIONS")
         return FileHandler(request, self.options).respond()
 
-    def _send_plain(self, connection: Connection, request: Request, response: Response,
-                    is_last: bool | None = None) -> None:
+    @staticmethod
+    def _ask_handler(prefix: str, handler: Callable, request: Request) -> Response:
+        returned = handler(request)
+        if isinstance(returned, Response):
+            returned.check()
+            return returned
+        if isinstance(returned, (str, bytes)):
+            return Response(returned, headers={"Content-Type": "text/html; charset=utf-8"})
+        raise TypeError(f"the content handler of {prefix} must return a Response, text or bytes, not {returned!r}")
+
+    def _send_handled(self, connection: Connection, request: Request, response: Response, is_last: bool) -> None:
+        """Send the response as post_handle leaves it."""
         if self.options.post_handle is not None:
-            self.core.application_comes()
+            body = response.body
             try:
-                self.options.post_handle(request, response)
-                response.check()
-            except APPLICATION_FAULTS:
-                self.logger.exception("post_handle failed on %.200r", request.target)
+                self.core.application.call("post_handle", self._ask_post_handle, request, response)
+            except (ApplicationFault, BayeuxError):
                 response = Response("post_handle failed\n", 500, {"Content-Type": "text/plain"})
-        if is_last is None:
-            is_last = not request.wants_keep_alive or self.is_stopping
+            if response.body is not body and hasattr(body, "close"):
+                self.core.application.run("closing a body", body.close)
+        self._send_plain(connection, request, response, is_last)
+
+    def _ask_post_handle(self, request: Request, response: Response) -> None:
+        self.options.post_handle(request, response)
+        response.check()
+
+    def _send_plain(self, connection: Connection, request: Request, response: Response, is_last: bool) -> None:
         body = response.body.encode("utf-8") if isinstance(response.body, str) else response.body or b""
         length = len(body) if isinstance(body, bytes) else response.length
         headers = {name: value for name, value in response.headers.items()
@@ -3818,7 +4564,9 @@ class HttpTransport:
         has_body = request.method != "HEAD" and response.status not in (204, 304)
         source = None
         if not isinstance(body, bytes):
-            source, body = FileSource(body, length if has_body else 0), b""
+            source, body = BodySource(body, length if has_body else 0, self.core.application), b""
+            body = source.read()                # a handler thread's: leader and refusals have texts only
+            source = None if source.is_closed else source
         is_written = connection.write(head + (body if has_body else b""), source, is_last)
         if is_written is False and source is not None:
             source.close()
@@ -3858,28 +4606,46 @@ def form_messages(form: str) -> list[bytes | str]:
     return list(texts)
 
 
-class FileSource:
-    """The bytes of a file, as an iterator; the file is closed at its end, or before."""
+class BodySource:
+    """The bytes of a file, or of what the application gave for one, part by part; it is closed at its end, or before.
 
-    def __init__(self, file: BinaryIO, length: int) -> None:
+    It may be slow, and fail, so only handler threads read it.
+    """
+
+    def __init__(self, file: BinaryIO, length: int, application: ApplicationCode) -> None:
+        self.is_closed = False
         self._file = file
         self._missing = length
+        self._application = application
+        self._lock = threading.Lock()           # held while it is read
 
-    def __iter__(self) -> FileSource:
-        return self
-
-    def __next__(self) -> bytes:
-        part = self._file.read(min(self._missing, RECEIVE_SIZE)) if self._missing else b""
-        if self._missing and not part:
-            raise ValueError("the file has shrunk while it was sent")
-        self._missing -= len(part)
-        if not part:
+    def read(self) -> bytes:
+        """The next part; b'' at the end.  ApplicationFault, HTTPFault: there is none, though there should be."""
+        with self._lock:
+            if self.is_closed:
+                return b""
+            part = self._application.call("reading a body", self._read_part) if self._missing else b""
+            if self._missing and not 0 < len(part) <= self._missing:
+                raise HTTPFault(500, f"A body ended {self._missing} bytes before its length, or gave too many")
+            self._missing -= len(part)
+        if not self._missing or self.is_closed:
             self.close()
-            raise StopIteration
+        return part
+
+    def _read_part(self) -> bytes:
+        part = self._file.read(min(self._missing, RECEIVE_SIZE))
+        if not isinstance(part, bytes):
+            raise TypeError(f"a body gave {part!r:.100}; it must give bytes")
         return part
 
     def close(self) -> None:
-        self._file.close()
+        """Who reads it just now closes it after that."""
+        self.is_closed = True
+        if self._lock.acquire(blocking=False):
+            try:
+                self._application.run("closing a body", self._file.close)
+            finally:
+                self._lock.release()
 
 
 class FileHandler(http.server.SimpleHTTPRequestHandler):
@@ -4133,6 +4899,10 @@ class Options:
         0, whole(0), "held connects of one browser, by its cookie; further sessions are told to poll; 0: no limit")
     max_subscriptions: int = option(1000, whole(1), "subscriptions of one session")
     max_queue: int = option(10_000, whole(1), "events that may wait for one session; one more ends it")
+    max_batch: int = option(1000, whole(1), "messages of one request or WebSocket frame")
+    max_sessions_per_connection: int = option(100, whole(1), "sessions that connect over one WebSocket")
+    max_memory: int = option(512 * 1024 * 1024, whole(1024 * 1024), "bytes that may wait in all, events and requests; "
+                             "beyond, whoever keeps most goes first")
     max_frame_events: int = option(
         100, whole(1), "events that leave together in one WebSocket frame, or one server-sent event")
     max_message_size: int = option(64 * 1024, whole(1), "bytes of one message")
@@ -4212,21 +4982,26 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         self.options = options = Options.from_keywords(keywords)
         self.logger = logging.getLogger("bayeux_server." + options.alias)
         self._tls = self._tls_context()
-        self._handler_threads = HandlerThreads(options.max_threads, self.logger)
+        has_limits = options.client_max_connections > 0
+        self.memory = Memory(options.max_memory, has_limits, self._lack_memory)
+        turns = Turns()
+        self._handler_threads = HandlerThreads(options.max_threads - 1, self.logger, has_limits)
         if ":" in options.host:
             self.address_family = socket.AF_INET6
         super().__init__((options.host, options.port), FileHandler)
         self._log_handler = self._open_log()
         self.socket.setblocking(False)
         self.watch = Watch(self.socket, self._handle_request_noblock, self._deliver_before_reading,
-                           self._handler_threads, options.request_timeout, self.logger)
-        self.core = Bayeux(options, self.logger, self._handler_threads.run, self.watch.step_aside,
-                           self._deliver_here, self.watch.after_next_look)
+                           self._handler_threads, options.request_timeout, self.logger, self.memory, turns)
+        self.core = Bayeux(options, self.logger, self._handler_threads.run, self._deliver_here,
+                           self.watch.after_next_look, time.monotonic, self.memory, turns)
         self.http = HttpTransport(options, self.core, self.watch, self.logger)
         self._wait = LongPollWait(self.core)
         self._state = threading.Lock()
         self._has_started = self._has_stopped = False
-        live_servers.add(self)
+        self._is_relieving = threading.Lock()
+        with live_servers_lock:
+            live_servers.add(self)
 
     def _deliver_here(self) -> bool:
         """Something is in line to be sent: does this thread see to it?  What goes to a few leaves before the reply."""
@@ -4239,6 +5014,29 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
     def _deliver_before_reading(self) -> bool:
         """What the leader does between reading and reading; whether there is more for it to deliver."""
         return bool(self.core.ready) and self._wait.deliver(ROUNDS_AT_ONCE) and bool(self.core.ready)
+
+    def _lack_memory(self) -> None:
+        """More waits than max_memory.  Those who keep most of it go, on a handler thread, until it is enough."""
+        if self._is_relieving.acquire(blocking=False):
+            self._handler_threads.run(self._relieve_memory)
+
+    def _relieve_memory(self) -> None:
+        try:
+            sessions = [(session.waiting_size, session) for session in self.sessions]
+            connections = [(connection.kept, connection) for connection in list(self.watch.connections)]
+            for size, keeper in sorted(sessions + connections, key=lambda pair: -pair[0]):
+                if size == 0 or not self.memory.is_over():
+                    break
+                if isinstance(keeper, Session):
+                    with self.core.lock:
+                        self.core.end_session(keeper, ENDED_MEMORY)
+                    self.core.wake()
+                else:
+                    self.logger.warning("a connection from %s is closed: more than max_memory waits, %d bytes in this one",
+                                        keeper.address, size)
+                    keeper.abort()
+        finally:
+            self._is_relieving.release()
 
     def _open_log(self) -> logging.Handler | None:
         if self.options.debug:
@@ -4311,7 +5109,8 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
                 return
             self._has_stopped = True
         deadline = time.monotonic() + self.options.grace
-        live_servers.discard(self)
+        with live_servers_lock:
+            live_servers.discard(self)
         self.http.is_stopping = True
         self.watch.stop_accepting()
         self.core.stop()
