@@ -56,12 +56,12 @@ from __future__ import annotations
 
 import argparse
 import base64
+import calendar
 import codecs
 import collections
 import contextlib
 import dataclasses
 import difflib
-import email.message
 import email.utils
 import errno
 import hashlib
@@ -72,6 +72,7 @@ import itertools
 import json
 import logging
 import math
+import mimetypes
 import os
 import queue
 import random
@@ -82,16 +83,18 @@ import signal
 import socket
 import socketserver
 import ssl
+import stat
 import sys
 import threading
 import time
+import unicodedata
 import urllib.parse
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 __all__ = ["BayeuxError", "BayeuxServer", "LocalClient", "OptionError", "Request", "Response", "Session"]
 __version__ = "1.0"
@@ -3555,8 +3558,7 @@ class Watch:
 # §10  HTTP transport
 #
 # A request's head is read by a small function of ours, which is strict and quick (the one of
-# http.server goes through the e-mail parser, and costs more than all the rest).  Files are
-# left to SimpleHTTPRequestHandler.
+# http.server goes through the e-mail parser, and costs more than all the rest).
 #
 #   long-polling      POST, a batch as JSON or in a form; the reply is JSON
 #   callback-polling  GET ?jsonp=name&message=batch; the reply is a script that calls name
@@ -4521,7 +4523,7 @@ class HttpTransport:
             return Response(status=204, headers={"Allow": "GET, HEAD, OPTIONS"})
         if request.method not in ("GET", "HEAD"):
             raise HTTPFault(405, "Files are read by GET or HEAD", Allow="GET, HEAD, OPTIONS")
-        return FileHandler(request, self.options).respond()
+        return Files(self.options).respond(request)
 
     @staticmethod
     def _ask_handler(prefix: str, handler: Callable, request: Request) -> Response:
@@ -4648,66 +4650,161 @@ class BodySource:
                 self._lock.release()
 
 
-class FileHandler(http.server.SimpleHTTPRequestHandler):
-    """Static files as http.server serves them, without its socket: the request is read, the answer is collected.
+# -- Files -----------------------------------------------------------------------------------
+#
+# A target such as /folder/page.html names a file of `docroot`.  Whether it may be read is decided by
+# its real path, the one without links: this lies below the root, and none of its names begins with a
+# dot.  The file is then opened by the real path, name by name, and a name that has become a link in the
+# meantime is refused, so that the decision holds for the file that is sent.  Whatever may not be read is
+# not found: 404 tells nobody what there is.
+#
+# Windows and macOS find a file by other names too: in other case, as PROGRA~1, with a stream or a dot
+# behind it.  There a name must be spelled as its folder lists it.
 
-    Added are index files by option, expiry, one byte range, and what must not be served: anything
-    outside of the root (by .., by an encoded trick or by a symbolic link), dot-files, listings.
-    """
+FILE_TYPES = {                                      # the same everywhere, whatever the system's own table says
+    ".bz2": "application/x-bzip2", ".css": "text/css", ".gz": "application/gzip", ".html": "text/html",
+    ".js": "text/javascript", ".json": "application/json", ".mjs": "text/javascript", ".svg": "image/svg+xml",
+    ".txt": "text/plain", ".wasm": "application/wasm", ".xz": "application/x-xz", ".z": "application/octet-stream"}
+LOOSE_NAMES = sys.platform in ("win32", "cygwin", "darwin")     # the systems that find a file by other names too
+#   O_NONBLOCK: a pipe is not waited for.  O_BINARY: Windows would translate the ends of lines.
+FILE_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"))
+FOLDER_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | sum(getattr(os, name, 0) for name in ("O_DIRECTORY", "O_NOFOLLOW"))
 
-    extensions_map: ClassVar[dict[str, str]] = {
-        **http.server.SimpleHTTPRequestHandler.extensions_map,
-        ".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".json": "application/json",
-        ".mjs": "text/javascript", ".svg": "image/svg+xml", ".txt": "text/plain", ".wasm": "application/wasm",
-    }
 
-    def __init__(self, request: Request, options: Options) -> None:
-        self.command = request.method
-        self.path = request.target
-        self.headers = email.message.Message()
-        for name, value in request.headers.items():
-            self.headers[name] = value
-        self.directory = os.path.realpath(options.docroot)
+def file_type(name: str) -> str:
+    """The MIME type by the name's extension."""
+    extension = os.path.splitext(name)[1].lower()
+    guess, coding = mimetypes.guess_type("file" + extension)
+    return FILE_TYPES.get(extension) or (None if coding else guess) or "application/octet-stream"
+
+
+def http_time(text: str) -> float | None:
+    """The time that an HTTP date means; None if it is no date.  (RFC 9110, "Date/Time Formats": always GMT)"""
+    try:
+        return calendar.timegm(email.utils.parsedate(text))
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def has_dot(names: Iterable[str]) -> bool:
+    return any(name.startswith(".") for name in names)
+
+
+def check_spelling(folder: str, names: Sequence[str]) -> None:
+    """Raises FileNotFoundError for a name that its folder does not list so."""
+    for name in names:
+        listed = (unicodedata.normalize("NFC", each) for each in os.listdir(folder))    # macOS may list NFD
+        if unicodedata.normalize("NFC", name) not in listed:
+            raise FileNotFoundError(errno.ENOENT, "not spelled so", name)
+        folder = os.path.join(folder, name)
+
+
+def open_real(root: str, names: Sequence[str]) -> int:
+    """Opens the file of these names below the root.  Raises OSError if one of them is a link."""
+    if os.open not in os.supports_dir_fd:
+        return open_and_compare(os.path.join(root, *names))
+    folder = os.open(root, FOLDER_FLAGS)
+    try:
+        for name in names[:-1]:
+            inner = os.open(name, FOLDER_FLAGS, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        return os.open(names[-1], FILE_FLAGS, dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
+def open_and_compare(path: str) -> int:
+    """The same for Windows, which opens whole paths only: the path is looked at again after the opening."""
+    number = os.open(path, FILE_FLAGS)
+    try:
+        if os.path.realpath(path) == path and os.path.samestat(os.fstat(number), os.stat(path)):
+            return number
+        raise FileNotFoundError(errno.ENOENT, "it was changed while it was opened", path)
+    except OSError:
+        os.close(number)
+        raise
+
+
+def open_file(root: str, names: Sequence[str]) -> BinaryIO:
+    """The regular file of these names below the root, open.  It may have been exchanged for something else by now."""
+    number = open_real(root, names)
+    if stat.S_ISREG(os.fstat(number).st_mode):
+        return os.fdopen(number, "rb")
+    os.close(number)
+    raise FileNotFoundError(errno.ENOENT, "it is no file", names[-1])
+
+
+class Files:
+    """The files of docroot: index files, expiry, conditional requests, one byte range; no listings."""
+
+    def __init__(self, options: Options) -> None:
         self._options = options
-        self._request = request
-        self._response = Response()
 
-    def respond(self) -> Response:
-        """The file, or HTTPFault."""
+    def respond(self, request: Request) -> Response:
+        """The file, a redirect to its folder, or HTTPFault."""
         try:
-            self._check_path()
-            file = self.send_head()
-        except (ValueError, OSError):           # a name that no file can have
+            return self._respond(request)
+        except (ValueError, OSError) as error:      # ValueError: a name that no file can have
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                raise HTTPFault(503, "Too many files are open", Retry_After=str(BUSY_RETRY)) from None
             raise HTTPFault(404, "No such file") from None
-        response = self._response
-        mime_type = self.guess_type(self.translate_path(self.path))
-        if response.status in (200, 304):
-            response.headers.update(self._expiry(mime_type.partition(";")[0]))
-        if file is not None:
-            response.body, response.length = file, int(response.headers["Content-Length"])
-            if response.headers["Content-type"].startswith("text/"):
-                response.headers["Content-type"] += "; charset=utf-8"
-            self._apply_range(response)
+
+    def _respond(self, request: Request) -> Response:
+        root, names = self._find(request.path)
+        path = os.path.join(root, *names)
+        if os.path.isdir(path):
+            if not request.path.endswith("/"):      # or the links of its index would lead astray
+                raw_path, mark, query = request.target.partition("?")
+                return Response(status=301, headers={"Location": f"{raw_path}/{mark}{query}"})
+            request.path += self._index(path)
+            return self._respond(request)           # the index may be a link, too
+        if request.path.endswith("/") or not os.path.isfile(path):
+            raise FileNotFoundError
+        return self._file_response(request, open_file(root, names))
+
+    def _find(self, path: str) -> tuple[str, list[str]]:
+        """The root, and the names of the real path below it."""
+        asked = [name for name in path.split("/") if name]
+        if not path.startswith("/") or path.startswith("//") or "\\" in path or "\0" in path or has_dot(asked):
+            raise FileNotFoundError
+        root = os.path.realpath(self._options.docroot)
+        if LOOSE_NAMES:
+            check_spelling(root, asked)
+        real, inside = os.path.realpath(os.path.join(root, *asked)), os.path.join(root, "")
+        if real == root:
+            return root, []
+        names = real[len(inside):].split(os.sep)
+        if not real.startswith(inside) or has_dot(names):
+            raise FileNotFoundError
+        return root, names
+
+    def _index(self, folder: str) -> str:
+        for name in self._options.directory_index:
+            if os.path.isfile(os.path.join(folder, name)):
+                return name
+        raise FileNotFoundError
+
+    def _file_response(self, request: Request, file: BinaryIO) -> Response:
+        """The response for an open file; 304 if the client has it."""
+        status = os.fstat(file.fileno())
+        mime_type = file_type(request.path)
+        headers = self._expiry(mime_type)
+        if self._is_current(request, int(status.st_mtime)):
+            file.close()
+            return Response(status=304, headers=headers)
+        headers["Content-Type"] = mime_type + ("; charset=utf-8" if mime_type.startswith("text/") else "")
+        headers["Last-Modified"] = http_date(int(status.st_mtime))
+        headers["Accept-Ranges"] = "bytes"
+        response = Response(file, 200, headers, status.st_size)
+        self._apply_range(request, response)
         return response
 
-    def _check_path(self) -> None:
-        path = self._request.path
-        segments = path.split("/")
-        if "\0" in path or "\\" in path or path.startswith("//") or any(part.startswith(".") for part in segments):
-            raise HTTPFault(404, "No such file")
-        real = os.path.realpath(self.translate_path(self.path))
-        if real != self.directory and not real.startswith(os.path.join(self.directory, "")):
-            raise HTTPFault(404, "No such file")
-        if os.path.isdir(real) and path.endswith("/"):
-            index = next((each for each in self._options.directory_index
-                          if os.path.isfile(os.path.join(real, each))), None)
-            if index is None:
-                raise HTTPFault(404, "No such file")
-            self.path = self._request.target.partition("?")[0] + urllib.parse.quote(index)
-            self._request.path = path + index
-            return self._check_path()           # the index may be a link, too
-        if not os.path.isdir(real) and not os.path.isfile(real):    # a pipe would be waited for
-            raise HTTPFault(404, "No such file")
+    @staticmethod
+    def _is_current(request: Request, changed: int) -> bool:
+        """(RFC 9110, "If-Modified-Since"; If-None-Match would overrule it)"""
+        known = http_time(request.headers.get("if-modified-since", ""))
+        return known is not None and changed <= known and "if-none-match" not in request.headers
 
     def _expiry(self, mime_type: str) -> dict[str, str]:
         lifetime = self._options.type_expires.get(mime_type)
@@ -4715,12 +4812,12 @@ class FileHandler(http.server.SimpleHTTPRequestHandler):
             return {"Cache-Control": "no-cache"}        # keep it, but ask whether it has changed
         return {"Cache-Control": f"max-age={int(lifetime)}", "Expires": http_date(int(time.time()) + int(lifetime))}
 
-    def _apply_range(self, response: Response) -> None:
+    @staticmethod
+    def _apply_range(request: Request, response: Response) -> None:
         """One range of bytes (RFC 9110, "Range Requests"); of several, none: the whole file is a valid answer."""
-        response.headers["Accept-Ranges"] = "bytes"
-        match = BYTE_RANGE.fullmatch(self._request.headers.get("range", ""))
-        condition = self._request.headers.get("if-range")
-        if match is None or self.command == "HEAD" or condition not in (None, response.headers["Last-Modified"]):
+        match = BYTE_RANGE.fullmatch(request.headers.get("range", ""))
+        condition = request.headers.get("if-range")
+        if match is None or request.method == "HEAD" or condition not in (None, response.headers["Last-Modified"]):
             return
         size, (start, end) = response.length, match.groups()
         if not (start or end) or (start and end and int(start) > int(end)):
@@ -4734,23 +4831,6 @@ class FileHandler(http.server.SimpleHTTPRequestHandler):
         response.length = last - first + 1
         response.status = 206
         response.headers["Content-Range"] = f"bytes {first}-{last}/{size}"
-
-    # What SimpleHTTPRequestHandler.send_head calls.
-
-    def send_response(self, code: int, message: str | None = None) -> None:
-        self._response.status = int(code)
-
-    def send_header(self, keyword: str, value: str) -> None:
-        self._response.headers[keyword] = value
-
-    def end_headers(self) -> None:
-        pass
-
-    def list_directory(self, path: Any) -> None:
-        raise HTTPFault(404, "No such file")
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        raise HTTPFault(int(code), message or REASONS[int(code)])
 
 
 # ======================================================================================
@@ -4988,7 +5068,7 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         self._handler_threads = HandlerThreads(options.max_threads - 1, self.logger, has_limits)
         if ":" in options.host:
             self.address_family = socket.AF_INET6
-        super().__init__((options.host, options.port), FileHandler)
+        super().__init__((options.host, options.port), socketserver.BaseRequestHandler)    # which is never made
         self._log_handler = self._open_log()
         self.socket.setblocking(False)
         self.watch = Watch(self.socket, self._handle_request_noblock, self._deliver_before_reading,

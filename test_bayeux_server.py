@@ -16,6 +16,7 @@ import base64
 import concurrent.futures
 import dataclasses
 import email.utils
+import errno
 import hashlib
 import http.client
 import json
@@ -5781,7 +5782,7 @@ class TestPostHandle:
             seen.append((request.path, response.status))
             response.status = 418
             response.headers["X-Own"] = "yes"
-            response.headers.pop("Content-type", None)
+            response.headers.pop("Content-Type", None)
             response.body = f"instead of {request.path}"
 
         server = serve(docroot=str(tmp_path), content_handlers={"/handler": lambda request: "text"},
@@ -5880,6 +5881,7 @@ class TestFiles:
         ("x.mjs", "text/javascript; charset=utf-8"), ("x.css", "text/css; charset=utf-8"),
         ("x.json", "application/json"), ("x.svg", "image/svg+xml"), ("x.wasm", "application/wasm"),
         ("x.png", "image/png"), ("X.HTML", "text/html; charset=utf-8"),
+        ("x.tar.gz", "application/gzip"), ("x.svgz", "application/octet-stream"),
         ("x", "application/octet-stream"), ("x.unheard-of", "application/octet-stream")])
     def test_types(self, get, site, name, mime_type):
         (site / name).write_bytes(b"x")
@@ -5944,6 +5946,100 @@ class TestFiles:
     def test_a_link_inside_of_the_root_is_followed(self, get):
         assert get("/inside.txt").body == b"0123456789"
 
+    def test_a_link_to_a_hidden_name_is_refused(self, get, site):
+        """The dot counts wherever it stands on the real path."""
+        (site / "git").symlink_to(site / ".git")
+        (site / "shown.txt").symlink_to(site / ".hidden")
+        (site / "trap" / "default.html").symlink_to(site / ".hidden")
+        for target in ("/git/config", "/git/", "/git", "/shown.txt", "/trap/default.html"):
+            assert get(target).status == 404, target
+
+    @pytest.fixture
+    def when_checked(self, monkeypatch):
+        """when_checked(path, do): do() once, when the server has looked at the path and not yet opened it."""
+        def when_checked(path, do):
+            def isfile(asked):
+                result = is_file(asked)
+                if asked == str(path) and todo:
+                    todo.pop()()
+                return result
+
+            is_file, todo = os.path.isfile, [do]
+            monkeypatch.setattr(os.path, "isfile", isfile)
+        return when_checked
+
+    @pytest.fixture(params=["name by name", "whole path"])
+    def way_of_opening(self, request, monkeypatch):
+        if request.param == "whole path":       # as on Windows
+            monkeypatch.setattr(os, "supports_dir_fd", set())
+
+    @pytest.mark.parametrize("changed", ["folder/secret.txt", "folder"])
+    def test_a_link_that_appears_after_the_check_is_not_followed(self, get, site, way_of_opening, when_checked, changed):
+        def flip():
+            (site / changed).rename(site / "away")
+            (site / changed).symlink_to(site.parent if changed == "folder" else site.parent / "secret.txt")
+
+        (site / "folder" / "secret.txt").write_text("good")
+        assert get("/folder/secret.txt").body == b"good"
+        when_checked(site / "folder" / "secret.txt", flip)
+        answer = get("/folder/secret.txt")
+        assert answer.status == 404 and b"secret" not in answer.body
+        assert (site / changed).is_symlink()
+
+    def test_a_link_that_is_there_only_while_it_is_opened_is_not_followed(self, get, site, monkeypatch):
+        """As on Windows, where the path is compared before and after."""
+        def flipping_open(path, *flags, **options):
+            if path != str(site / "folder" / "secret.txt"):
+                return open_file(path, *flags, **options)
+            (site / "folder").rename(site / "away")
+            (site / "folder").symlink_to(site.parent)
+            opened = open_file(path, *flags, **options)
+            (site / "folder").unlink()
+            (site / "away").rename(site / "folder")
+            return opened
+
+        (site / "folder" / "secret.txt").write_text("good")
+        open_file = os.open
+        monkeypatch.setattr(os, "supports_dir_fd", set())
+        monkeypatch.setattr(os, "open", flipping_open)
+        answer = get("/folder/secret.txt")
+        assert answer.status == 404 and b"secret" not in answer.body
+
+    @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+    def test_what_takes_the_place_of_a_file_after_the_check_is_not_found(self, get, site, way_of_opening, when_checked,
+                                                                         make):
+        """A pipe is not waited for, either."""
+        def exchange():
+            (site / "digits.txt").unlink()
+            make(site / "digits.txt")
+
+        when_checked(site / "digits.txt", exchange)
+        assert get("/digits.txt").status == 404
+
+    def test_a_file_that_cannot_be_opened_now_is_503(self, get, monkeypatch):
+        """It is not missing: the process has as many files open as it may have."""
+        def full(*arguments, **options):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(os, "open", full)
+        answer = get("/digits.txt")
+        assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+
+    @pytest.mark.parametrize(("asked", "status"), [
+        ("/folder/long%20name.txt", 200), ("/folder/LONGNA~1.TXT", 404), ("/FOLDER/long%20name.txt", 404),
+        ("/folder/%C3%BC.txt", 200), ("/folder/long%20name.txt/", 404), ("/folder/long%20name.txt/x", 404)])
+    def test_a_name_must_be_spelled_as_its_folder_lists_it(self, get, site, monkeypatch, asked, status):
+        """Windows and macOS find a file in other case too, and by a short name.  Here links stand for those."""
+        (site / "folder" / "long name.txt").write_text("text")
+        (site / "folder" / "\u00fc.txt").write_text("text")
+        os.link(site / "folder" / "long name.txt", site / "folder" / "LONGNA~1.TXT")
+        (site / "FOLDER").symlink_to(site / "folder")
+        listed = {str(site): ["folder"], str(site / "folder"): ["long name.txt", "u\u0308.txt"]}
+        monkeypatch.setattr(bayeux_server, "LOOSE_NAMES", True)
+        listdir = os.listdir
+        monkeypatch.setattr(os, "listdir", lambda path: listed.get(path) or listdir(path))
+        assert get(asked).status == status
+
     def test_the_root_itself_may_be_a_link(self, serve, site, tmp_path):
         (tmp_path / "link").symlink_to(site)
         with Wire(serve(docroot=str(tmp_path / "link"))) as wire:
@@ -5956,6 +6052,10 @@ class TestFiles:
         assert (answer.status, answer.body) == (304, b"")
         for other in ("Thu, 01 Jan 1970 00:00:00 GMT", "nonsense", "", "Thu, 99 Jan 99999 00:00:00 GMT"):
             assert get("/digits.txt", If_Modified_Since=other).status == 200
+        assert get("/digits.txt", If_Modified_Since=date, If_None_Match='"etag"').status == 200
+        moment = email.utils.parsedate_to_datetime(date)
+        for form in ("%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"):         # RFC 9110: MUST be understood, too
+            assert get("/digits.txt", If_Modified_Since=moment.strftime(form)).status == 304
 
     @pytest.mark.parametrize("asked, content, content_range", [
         ("bytes=2-4", b"234", "bytes 2-4/10"), ("bytes=0-0", b"0", "bytes 0-0/10"),
