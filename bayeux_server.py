@@ -3582,6 +3582,7 @@ BYTE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 JSONP_CALLBACK = re.compile(r"[A-Za-z_$][A-Za-z0-9_$]*(?:\.[A-Za-z_$][A-Za-z0-9_$]*)*")
 BROWSER_COOKIE = re.compile(r"(?:^|;)[ \t]*BAYEUX_BROWSER=\"?([A-Za-z0-9]{1,64})\"?[ \t]*(?:;|$)")
 CHARSET = re.compile(r"charset=\"?([^\s;\"]*)", re.IGNORECASE)
+UNKNOWN_ORIGIN = "unknown"
 UTF8_NAMES = ("", "utf-8", "utf8", "us-ascii")
 JSON_TYPES = ("application/json", "text/json")
 LOOSE_TYPES = ("", "text/plain", "application/x-www-form-urlencoded")   # may hold JSON, or a form
@@ -4456,14 +4457,16 @@ class HttpTransport:
 
     # -- Cross-origin rules ----------------------------------------------------------------
     #
-    # A page of another site may use the server only where its origin is allowed.  Browsers do
-    # not tell the origin of a script that is loaded (JSONP); there Referer and Sec-Fetch-Site
-    # speak for it.  Who is no browser sends none of the three, and is not concerned.
+    # A page of another site may use the server only where its origin is allowed.  Browsers send Origin
+    # with every POST, WebSocket and event stream of another site; a program that is no browser sends
+    # none, and is not concerned.  The origin of a script that is loaded (JSONP) they do not tell.  There
+    # Referer or Sec-Fetch-Site must say that the page is our own or allowed: a page can leave out the
+    # one, browsers leave out the other where a server has no TLS, and so silence proves nothing.
 
     def _cross_origin_headers(self, request: Request) -> str:
         """The headers for an allowed foreign origin; '' for our own; HTTPFault 403 for others."""
         origin = request.headers.get("origin")
-        if origin is None and request.method == "GET":
+        if origin is None and request.transport == CALLBACK_POLLING and request.query:
             origin = self._origin_of_script(request)
         if origin is None or self._is_own_origin(origin, request):
             return ""
@@ -4472,14 +4475,18 @@ class HttpTransport:
                     "Access-Control-Allow-Credentials: true\r\n")
         if "*" in self.options.allowed_origins:
             return "Access-Control-Allow-Origin: *\r\n"
+        if origin == UNKNOWN_ORIGIN:
+            raise HTTPFault(403, "JSONP needs Referer or Sec-Fetch-Site to tell that its page is of this server "
+                                 "or of an allowed origin")
         raise HTTPFault(403, f"Origin {origin} is not allowed here")
 
     @staticmethod
     def _origin_of_script(request: Request) -> str | None:
+        """The origin of the page that loads a script; None for our own."""
         referer = re.match(r"https?://[^/]+", request.headers.get("referer", ""), re.IGNORECASE)
         if referer:
             return referer[0]
-        return "unknown" if request.headers.get("sec-fetch-site") in ("cross-site", "same-site") else None
+        return None if request.headers.get("sec-fetch-site") in ("same-origin", "none") else UNKNOWN_ORIGIN
 
     @staticmethod
     def _is_own_origin(origin: str, request: Request) -> bool:

@@ -5205,6 +5205,9 @@ def jsonp_target(*messages, **parameters):
     return "/cometd?" + urllib.parse.urlencode({"message": json.dumps(messages), **parameters})
 
 
+OWN_PAGE = {"Sec_Fetch_Site": "same-origin"}       # what a browser sends with a script of the server's own page
+
+
 def script_batch(answer, callback="jsonpcallback"):
     """The batch with which the script calls the callback."""
     text = answer.body.decode("utf-8")
@@ -5218,7 +5221,7 @@ class TestCallbackPolling:
     def test_the_default_name(self, server):
         """T3"""
         with Wire(server) as wire:
-            answer = wire.request("GET", jsonp_target(PING))
+            answer = wire.request("GET", jsonp_target(PING), **OWN_PAGE)
             assert script_batch(answer)[0]["id"] == "p"
             assert answer.headers["x-content-type-options"] == "nosniff"
             assert answer.headers["cache-control"] == "no-store"
@@ -5228,7 +5231,7 @@ class TestCallbackPolling:
     def test_a_name_of_the_client_s(self, server, name):
         """T3"""
         with Wire(server) as wire:
-            assert script_batch(wire.request("GET", jsonp_target(PING, jsonp=name)), name)[0]["id"] == "p"
+            assert script_batch(wire.request("GET", jsonp_target(PING, jsonp=name), **OWN_PAGE), name)[0]["id"] == "p"
 
     @pytest.mark.parametrize("name", [
         "alert(1)//", "a;b", "a b", "a..b", ".a", "a.", "9a", "a[0]", "x" * 65, "<script>", "a\n", "a\u2028", "ä",
@@ -5236,7 +5239,7 @@ class TestCallbackPolling:
     def test_a_hostile_name_is_refused_and_not_repeated(self, server, name):
         """T3"""
         with Wire(server) as wire, bystander(server):
-            answer = wire.request("GET", jsonp_target(PING, jsonp=name))
+            answer = wire.request("GET", jsonp_target(PING, jsonp=name), **OWN_PAGE)
             assert answer.status == 400
             assert answer.headers["content-type"].startswith("application/json")
             assert is_bayeux_failure(answer)
@@ -5248,7 +5251,7 @@ class TestCallbackPolling:
     def test_a_bad_message_gets_400_as_a_script(self, server, query):
         """T3, T5: so that the page learns it."""
         with Wire(server) as wire, bystander(server):
-            answer = wire.request("GET", "/cometd" + query)
+            answer = wire.request("GET", "/cometd" + query, **OWN_PAGE)
             assert answer.status == 400
             failure, = script_batch(answer, "cb" if "cb" in query else "jsonpcallback")
             assert failure["successful"] is False
@@ -5258,7 +5261,7 @@ class TestCallbackPolling:
         with Peer(server) as peer:
             peer.subscribe("/chat")
             peer.publish("/chat", "a\u2028b\u2029c")
-            answer = peer.request("GET", jsonp_target(CorePeer.connect_message(peer.id)))
+            answer = peer.request("GET", jsonp_target(CorePeer.connect_message(peer.id)), **OWN_PAGE)
             assert events_of(script_batch(answer)) == ["a\u2028b\u2029c"]
             assert b"\\u2028b\\u2029" in answer.body
             assert "\u2028" not in answer.body.decode() and "\u2029" not in answer.body.decode()
@@ -5267,7 +5270,7 @@ class TestCallbackPolling:
         """T3, H5: handshake, subscribe, a held connect, publish, disconnect."""
         with Wire(server) as wire, Wire(server) as side:
             def call(connection, **message):
-                return script_batch(connection.request("GET", jsonp_target(message, jsonp="f")), "f")
+                return script_batch(connection.request("GET", jsonp_target(message, jsonp="f"), **OWN_PAGE), "f")
 
             handshake, = call(wire, channel="/meta/handshake", version="1.0",
                               supportedConnectionTypes=["callback-polling"])
@@ -5276,7 +5279,7 @@ class TestCallbackPolling:
             connect = {"channel": "/meta/connect", "clientId": client_id, "connectionType": "callback-polling"}
             assert call(wire, **connect)[0]["successful"]
             assert call(wire, channel="/meta/subscribe", clientId=client_id, subscription="/chat/*")[0]["successful"]
-            wire.send_request("GET", jsonp_target({**connect, "id": 9}, jsonp="f"))
+            wire.send_request("GET", jsonp_target({**connect, "id": 9}, jsonp="f"), **OWN_PAGE)
             wait_until(lambda: is_held(server, client_id))
             assert call(side, channel="/chat/demo", clientId=client_id, data="hello")[0]["successful"]
             reply, event = script_batch(wire.read_answer(), "f")
@@ -5288,7 +5291,7 @@ class TestCallbackPolling:
         """T1, T3"""
         with Wire(server) as wire:
             answer = wire.request("GET", jsonp_target({**PING, "id": 1}) + "&message=" + urllib.parse.quote(
-                json.dumps({**PING, "id": 2})))
+                json.dumps({**PING, "id": 2})), **OWN_PAGE)
             assert [reply["id"] for reply in script_batch(answer)] == [1, 2]
 
 
@@ -5486,15 +5489,30 @@ class TestCrossOrigin:
     @pytest.mark.parametrize("headers", [
         {"Referer": "https://elsewhere.example/page"}, {"Sec_Fetch_Site": "cross-site"},
         {"Sec_Fetch_Site": "same-site"}, {"Referer": "http://["}, {"Referer": "http://127.0.0.1:8080/"},
-        {"Origin": "https://elsewhere.example"}])
+        {"Referer": "about:blank"}, {"Referer": ""}, {"Origin": "https://elsewhere.example"}])
     def test_scripts_for_foreign_pages_are_refused(self, server, headers):
         """T6: whoever loads one, with the visitor's cookies, could read his events."""
         with bystander(server):
             assert self.ask(server, "GET", jsonp_target(HANDSHAKE), **headers).status == 403
         assert len(server.core.sessions) == 1, "only the bystander's"
 
+    def test_scripts_for_pages_that_do_not_tell_their_origin_are_refused(self, server, caplog):
+        """T10: a page can leave out Referer, and where there is no TLS browsers send no Sec-Fetch-Site."""
+        caplog.set_level(logging.INFO)
+        answer = self.ask(server, "GET", jsonp_target(HANDSHAKE))
+        assert answer.status == 403
+        failure, = script_batch(answer)
+        assert "JSONP needs Referer or Sec-Fetch-Site" in failure["error"]
+        assert "JSONP needs Referer or Sec-Fetch-Site" in caplog.text
+        assert server.core.sessions == {}
+
+    def test_scripts_for_any_page_are_served_if_any_origin_is_allowed(self, serve):
+        """T10"""
+        assert self.ask(serve(allowed_origins=["*"]), "GET", jsonp_target(PING)).status == 200
+
     @pytest.mark.parametrize("headers", [
-        {}, {"Referer": "http://127.0.0.1/page"}, {"Sec_Fetch_Site": "same-origin"}, {"Sec_Fetch_Site": "none"},
+        {"Origin": "http://127.0.0.1"},
+        {"Referer": "http://127.0.0.1/page"}, {"Sec_Fetch_Site": "same-origin"}, {"Sec_Fetch_Site": "none"},
         {"Referer": "http://127.0.0.1/page", "Sec_Fetch_Site": "same-origin"}])
     def test_scripts_for_own_pages_are_served(self, server, headers):
         """T6"""
@@ -5624,7 +5642,7 @@ class TestAddresses:
             assert answer.status == 503
             assert int(answer.headers["retry-after"]) > 0
             assert is_bayeux_failure(answer)
-            assert wire.request("GET", jsonp_target(PING)).status == 503
+            assert wire.request("GET", jsonp_target(PING), **OWN_PAGE).status == 503
             assert wire.request("GET", "/").status == 404, "files are not counted"
         for peer in peers:
             peer.close()
@@ -6285,7 +6303,8 @@ class TestWebSocket:
         """RFC 9110: a server may ignore an upgrade that it does not know."""
         with Wire(server) as wire:
             message = urllib.parse.quote(json.dumps({"channel": "/meta/handshake", "version": "1.0"}))
-            answer = wire.request("GET", "/cometd?message=" + message, Upgrade="h2c", Connection="Upgrade")
+            answer = wire.request("GET", "/cometd?message=" + message, Upgrade="h2c", Connection="Upgrade",
+                                  **OWN_PAGE)
             assert answer.status == 200
 
     def test_frames_right_behind_the_upgrade_request(self, server):
@@ -8190,8 +8209,8 @@ class TestServer:
                 pytest.skip(f"no IPv6 here: {error}")
             raise
         assert server.url == f"http://[::1]:{server.port}/cometd"
-        status, _, body = http_get(server.url + "?message=[]")
-        assert status == 400 and b"The batch holds no message" in body
+        status, _, body = http_get(server.url)
+        assert status == 400 and b"The parameter message is missing" in body
 
     def test_a_with_block_starts_and_stops_it(self):
         before = threads_of_servers()

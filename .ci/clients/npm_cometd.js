@@ -18,7 +18,8 @@ const PATIENCE = 20;            // seconds for one answer; after a restart the c
 // ======================================================================================
 
 class Script {
-  // Fetches and evaluates the source; like a browser under nosniff, only if its type is a script's.
+  // Fetches and evaluates the source; like a browser for a page of the server's own, with a Referer, and
+  // like one under nosniff, only if its type is a script's.
   //
   // The callback is taken now, and not when the script has come: each client counts its callbacks
   // from 0, and two clients in one window would take each other's.
@@ -26,7 +27,7 @@ class Script {
     const name = new URL(this.src).searchParams.get("jsonp");
     const callback = window[name];
     try {
-      const response = await fetch(this.src);
+      const response = await fetch(this.src, { headers: { Referer: new URL("/", this.src).href } });
       const type = response.headers.get("content-type");
       if (!response.ok || !/^text\/javascript\b/.test(type)) throw new Error(`HTTP ${response.status}, ${type}`);
       new Function(name, await response.text())(callback);
