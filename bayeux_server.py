@@ -313,32 +313,31 @@ class Memory:
         self.mailbox_limit = limit // MAILBOX_SHARE
         self.connection_limit = limit // CONNECTION_SHARE
         self.address_limit = limit // ADDRESS_SHARE if limits_addresses else math.inf
-        self._used = 0
-        self._by_address: collections.Counter[str] = collections.Counter()
         self._relieve = relieve
-        self._lock = threading.Lock()
-        self._returned: collections.deque[int] = collections.deque()
+        self._events = 0                        # bytes of events; the core's lock guards it
+        self._ended_events: collections.deque[int] = collections.deque()    # sizes of those that nobody waits for now
+        self._lock = threading.Lock()           # guards the others
+        self._others = 0
+        self._by_address: collections.Counter[str] = collections.Counter()
 
-    def take(self, size: int) -> None:
-        """Count bytes that are kept from now on."""
-        with self._lock:
-            self._used += size
-            self._count_returned()
-            is_over = self._used > self.limit
-        if is_over:
+    def take_event(self, event: Event) -> None:
+        """Count an event until nobody waits for it any more.  Under the core's lock."""
+        event.when_ended = self._ended_events.append
+        self._events += event.size
+        while self._ended_events:
+            self._events -= self._ended_events.popleft()
+        if self._events + self._others > self.limit:
             self._relieve()
-
-    def give_back(self, size: int) -> None:
-        """Takes no lock: an event may end at any moment, even while this thread holds the lock of take()."""
-        self._returned.append(size)
 
     def take_for(self, address: str, size: int) -> None:
         """Count bytes that an address keeps; or, if size is negative, no longer keeps."""
         with self._lock:
+            self._others += size
             self._by_address[address] += size
             if not self._by_address[address]:
                 del self._by_address[address]
-        self.take(size)
+        if size > 0 and self._events + self._others > self.limit:
+            self._relieve()
 
     def is_too_much_for(self, address: str, size: int = 0) -> bool:
         """Whether the address would keep more than its share with so many bytes more."""
@@ -346,17 +345,10 @@ class Memory:
 
     @property
     def used(self) -> int:
-        with self._lock:
-            self._count_returned()
-            return self._used
-
-    def is_over(self) -> bool:
-        return self.used > self.limit
-
-    def _count_returned(self) -> None:
-        assert self._lock.locked()
-        while self._returned:
-            self._used -= self._returned.popleft()
+        """Bytes that wait now.  Under the core's lock."""
+        while self._ended_events:
+            self._events -= self._ended_events.popleft()
+        return self._events + self._others
 
 
 class Turns:
@@ -656,24 +648,21 @@ class Event:
     see both.  (Bayeux, "Delivery", "clientId")
     """
 
-    __slots__ = ("channel", "client_id", "id", "is_lazy", "memory", "size", "text")
+    __slots__ = ("channel", "client_id", "id", "is_lazy", "size", "text", "when_ended")
 
-    def __init__(self, fields: dict, client_id: str | None = None, id: Any = None, is_lazy: bool = False,
-                 memory: Memory | None = None) -> None:
+    def __init__(self, fields: dict, client_id: str | None = None, id: Any = None, is_lazy: bool = False) -> None:
+        self.when_ended: Callable[[int], None] | None = None        # told the size when nobody waits for it any more
         self.channel = fields["channel"]
         self.is_lazy = is_lazy
         self.text = encode_json(fields)
         self.client_id = client_id
         self.id = id
         self.size = sys.getsizeof(self.text)
-        self.memory = memory
-        if memory is not None:
-            memory.take(self.size)
 
     def __del__(self) -> None:
-        """Nobody waits for it any more.  An event lives as long as somebody does, so it is counted once, for all."""
-        if getattr(self, "memory", None) is not None:       # else it could not even be encoded
-            self.memory.give_back(self.size)
+        """An event lives as long as somebody waits for it.  This may run at any moment, so it takes no lock."""
+        if self.when_ended is not None:
+            self.when_ended(self.size)
 
     def local_message(self) -> dict:
         """A new dict each time, so that one subscriber's changes are nobody else's."""
@@ -1324,9 +1313,11 @@ class Bayeux:
         if self._asks_application or len(messages) > SHORT_BATCH:
             return True
         for message in messages:
-            channel = message.get("channel") if isinstance(message, dict) else None
-            if isinstance(channel, str) and channel.startswith(SERVICE):
-                return True
+            try:
+                if message["channel"].startswith(SERVICE):
+                    return True
+            except (AttributeError, KeyError, TypeError):
+                pass                        # it has no channel, and will be refused
         return False
 
     def receive(self, messages: list, exchange: Exchange) -> None:
@@ -1807,7 +1798,7 @@ class Bayeux:
             fields["id"] = id
         if self.options.timestamp:
             fields["timestamp"] = timestamp_now()
-        return Event(fields, client_id, id, self._is_lazy(channel), self.memory)
+        return Event(fields, client_id, id, self._is_lazy(channel))
 
     def _require_room(self, channel: str) -> None:
         """A local client that is too far behind loses nothing, and is not ended: publishers have to wait for it."""
@@ -1838,11 +1829,14 @@ class Bayeux:
         own_events = [each for event in events for each in self._own_events(event)] if self._outgoing else None
         with self.lock:
             if own_events is None:
+                for event in events:
+                    self.memory.take_event(event)
                 for subscriber in self.registry.subscribers(events[0].channel):
                     subscriber.accept(events, self)
             else:
                 for subscriber, own_event in own_events:
                     if own_event is not None and not subscriber.ended:
+                        self.memory.take_event(own_event)
                         subscriber.accept(Parcel([own_event]), self)
             self._end_overfull()
             if self._listeners["publish"]:
@@ -1861,7 +1855,7 @@ class Bayeux:
             return event
         message = self._through_extensions(subscriber, json.loads(event.text))
         try:
-            return Event(message, is_lazy=event.is_lazy, memory=self.memory) if message is not None else None
+            return Event(message, is_lazy=event.is_lazy) if message is not None else None
         except (KeyError, TypeError, ValueError):
             self.logger.exception("an extension made of an event what cannot be sent; it is dropped")
             return None
@@ -2070,7 +2064,7 @@ class Bayeux:
                 continue
             if stream is not None and first.acknowledgement is None:
                 is_shared = broadcast is not None and events is broadcast.events
-                if not is_shared and (len(events) > max_frame_events or events.size > MAX_ANSWER):
+                if not is_shared and len(events) > 1 and (len(events) > max_frame_events or events.size > MAX_ANSWER):
                     events = self._take_events(first, max_frame_events)
                 else:
                     first.queue, first.is_urgent, first.lazy_deadline, first.in_flight = (), False, math.inf, True
@@ -2095,7 +2089,7 @@ class Bayeux:
         if session.in_flight:
             return ()
         events, session.queue = session.queue, ()
-        if events and (len(events) > limit or events.size > MAX_ANSWER):
+        if len(events) > 1 and (len(events) > limit or events.size > MAX_ANSWER):
             count = count_for_answer(events, limit)
             events, rest = events[:count], events[count:]
             session.queue = Backlog(rest) if rest else ()
@@ -2394,7 +2388,7 @@ class Bayeux:
     def client_push(self, client_id: str, channel: str, data: Any = None, **extra: Any) -> None:
         if not is_channel_name(channel) or channel.startswith(META):
             raise BayeuxError(405, channel, "Bad channel name")
-        event = Event({"channel": channel, "data": data, **extra}, memory=self.memory)
+        event = Event({"channel": channel, "data": data, **extra})
         with self.lock:
             subscriber = self.subscriber(client_id)
             if isinstance(subscriber, LocalClient) and subscriber.mailbox in self.full_mailboxes:
@@ -2402,6 +2396,7 @@ class Bayeux:
         own_event = self._own_event(subscriber, event)
         with self.lock:
             if own_event is not None and not subscriber.ended:
+                self.memory.take_event(own_event)
                 subscriber.accept(Parcel([own_event]), self)
             self._end_overfull()
             if self._listeners["client_push"]:
@@ -2636,13 +2631,14 @@ class LongPollWait(threading.Thread):
             return False
         try:
             sent: list[tuple[Answer, bool]] = []
-            end = time.monotonic() + 4 * TURN
-            for _ in range(rounds) if rounds else itertools.count():
+            for number in range(rounds) if rounds else itertools.count():
                 answers = self._settle_and_take(sent, ANSWERS_AT_ONCE)
                 if not answers:
                     return True
                 sent = self._core.send(answers)
-                if rounds and time.monotonic() > end:
+                if rounds and number == 1:      # most often there is no second one, and no need for a clock
+                    end = time.monotonic() + 4 * TURN
+                elif rounds and number > 1 and time.monotonic() > end:
                     break
             self._settle_and_take(sent, 0)
             return True
@@ -3152,7 +3148,7 @@ class Connection:
             when_written(True)
         for when_written in lost:
             when_written(False)
-        if is_written and not is_finished:
+        if is_written and not is_finished and not self.is_handled:
             self.watch.read_body(self)
         elif is_written is not None:
             self.watch.resume(self)
@@ -3281,6 +3277,7 @@ class Watch:
         self._turns = turns
         self._selector = selectors.DefaultSelector()
         self._resumed: collections.deque[Connection] = collections.deque()
+        self._handled: collections.deque[Connection] = collections.deque()     # handler threads are done with them
         self._jobs: collections.deque[Callable[[], None]] = collections.deque()     # for after the next look
         self._waking, self._woken = socket.socketpair()
         self._waking.setblocking(False)
@@ -3341,8 +3338,10 @@ class Watch:
             self._logger.exception("a request from %s failed", connection.address)
             connection.abort()
         finally:
-            connection.is_handled = False
-            self.resume(connection)
+            # The leader alone changes is_handled.  If this thread did, it might take back what the leader has set
+            # for the next job already.
+            self._handled.append(connection)
+            self.wake()
 
     def _handle_refusal(self, connection: Connection, refuse: Callable[[], None]) -> None:
         connection.is_handled = False
@@ -3402,12 +3401,13 @@ class Watch:
     def _go_round(self) -> None:
         """Deliver; look at the sockets on which something has come, then at what other threads have resumed."""
         jobs = len(self._jobs)
-        has_more = self._deliver() or self._resumed or jobs
-        self._turns.is_leader_busy = False
-        if self._turns.is_leader_awaited:
-            self._turns.end_round()
+        has_more = self._deliver() or self._resumed or self._handled or jobs
+        turns = self._turns
+        turns.is_leader_busy = False
+        if turns.is_leader_awaited:
+            turns.end_round()
         events = self._selector.select(0 if has_more else self._seconds_to_sweep())
-        self._turns.is_leader_busy = True
+        turns.is_leader_busy = True
         for key, ready in events:
             if key.data is not None:
                 self._attend(key.data, self._look_at_socket, ready)
@@ -3417,6 +3417,10 @@ class Watch:
                 self._woken.recv(4096)
                 self._is_awake = False      # after the reading: a wake in between finds us awake
         self._do_jobs(jobs)
+        for _ in range(len(self._handled)):
+            connection = self._handled.popleft()
+            connection.is_handled = False
+            self._attend(connection, self._look_again)
         for _ in range(len(self._resumed)):
             self._attend(self._resumed.popleft(), self._look_again)
         if time.monotonic() >= self._next_sweep:
@@ -3818,7 +3822,7 @@ class HttpExchange(Exchange):
         self.transport = CALLBACK_POLLING if callback else LONG_POLLING
         self.address = request.address
         self._cookie = request.headers.get("cookie")
-        self.may_hold = not connection.input.strip(b"\r\n")     # else another request waits behind it
+        self.may_hold = connection.input in (b"", b"\r\n")      # else another request waits behind it
         self.is_large = len(request.body or request.query) > http_transport.options.max_message_size
         self.is_counted = True                  # among the open requests of its address
         self._http = http_transport
@@ -3973,7 +3977,7 @@ class WebSocket(HttpStream):
                 self._take_message(connection, opcode, payload)
                 if connection.is_closing:
                     return
-                if count == REQUESTS_AT_ONCE or connection.is_handled or connection.output:
+                if connection.output or connection.is_handled or count == REQUESTS_AT_ONCE:
                     connection.input = self._reader.take_rest()
                     break
         except WebSocketError as error:
@@ -3982,7 +3986,8 @@ class WebSocket(HttpStream):
         self._renew(connection)
         if connection.input and not (connection.is_handled or connection.output):
             connection.watch.resume(connection)
-        connection.watch.count(connection)
+        if connection.kept or self._reader.size:
+            connection.watch.count(connection)
 
     @staticmethod
     def _renew(connection: Connection) -> None:
@@ -4010,11 +4015,11 @@ class WebSocket(HttpStream):
         except BayeuxError as error:
             self._refuse([None], error)
             return
-        receive = partial(core.receive, messages, SocketExchange(self, text, self._http.options))
+        exchange = SocketExchange(self, text, self._http.options)
         if core.may_take_its_time(messages):
-            self._hand_over(connection, receive, messages)
+            self._hand_over(connection, partial(core.receive, messages, exchange), messages)
         else:
-            receive()
+            core.receive(messages, exchange)
 
     def _hand_over(self, connection: Connection, job: Callable[[], None], messages: Iterable = (None,)) -> None:
         """Have a handler thread take care of a batch; the frames behind it wait."""
@@ -5112,11 +5117,12 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
             sessions = [(session.waiting_size, session) for session in self.sessions]
             connections = [(connection.kept, connection) for connection in list(self.watch.connections)]
             for size, keeper in sorted(sessions + connections, key=lambda pair: -pair[0]):
-                if size == 0 or not self.memory.is_over():
-                    break
-                if isinstance(keeper, Session):
-                    with self.core.lock:
+                with self.core.lock:
+                    if size == 0 or self.memory.used <= self.memory.limit:
+                        break
+                    if isinstance(keeper, Session):
                         self.core.end_session(keeper, ENDED_MEMORY)
+                if isinstance(keeper, Session):
                     self.core.wake()
                 else:
                     self.logger.warning("a connection from %s is closed: more than max_memory waits, %d bytes in this one",
