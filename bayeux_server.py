@@ -1602,6 +1602,7 @@ class Bayeux:
             raise BayeuxError(400, CONNECT, f"connectionType must be {' or '.join(self.connection_types)}")
         if turn.connecting is not None:
             raise BayeuxError(409, CONNECT, "One connect a request")
+        self._require_place(session, turn.exchange.stream)
         self._end_inactive(session)
         advice = self._connect_advice(session, message, turn)
         patience = self._patience(session, message, turn)
@@ -1623,6 +1624,13 @@ class Bayeux:
             self.make_ready(session)
         turn.connecting = session
         return [] if patience > 0 else self._finish(session, message, reply, number)
+
+    def _require_place(self, session: Session, stream: Stream | None) -> None:
+        """A stream carries only so many sessions; those on it go on.  The pause is for clients that retry at once."""
+        limit = self.options.max_sessions_per_connection
+        if stream is not None and session.stream is not stream and len(stream.sessions) >= limit:
+            raise BayeuxError(429, CONNECT, f"More than {limit} sessions on one connection",
+                              advice={**self._advice(), "interval": BUSY_RETRY * 1000})
 
     def _begin_connect(self, session: Session, message: dict, turn: Turn) -> None:
         """What every connect does: acknowledge, release the older, show where the session's events go from now on."""
