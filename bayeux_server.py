@@ -2918,7 +2918,7 @@ class HandlerThreads:
         self._running: collections.Counter[str | None] = collections.Counter()  # jobs by address
         self._count = 0
         self._idle = 0
-        self._last_end = time.monotonic()                   # of a job
+        self._last_change = time.monotonic()                # when a job began, or ended
 
     def run(self, run: Callable[[], None], address: str | None = None, refuse: Callable[[], None] | None = None) -> None:
         """Have a job done, now or when a thread is free for it; or refuse it at once, if none becomes free."""
@@ -2928,9 +2928,10 @@ class HandlerThreads:
             if has_thread and self._is_allowed(address):
                 self._idle -= 1
                 self._running[address] += 1
+                self._last_change = job.since
                 self._begun.put(job)
                 return
-            is_stuck = not has_thread and job.since - self._last_end > STUCK_AFTER
+            is_stuck = not has_thread and job.since - self._last_change > STUCK_AFTER
             if refuse is None or not is_stuck:
                 self._waiting.setdefault(address, collections.deque()).append(job)
                 return
@@ -2962,7 +2963,7 @@ class HandlerThreads:
     def _next_job(self, address: str | None) -> Job | None:
         """A job for that address is done: the next one, from the next line that may have a thread; or None."""
         with self._lock:
-            self._last_end = time.monotonic()
+            self._last_change = time.monotonic()
             self._running[address] -= 1
             if not self._running[address]:
                 del self._running[address]
@@ -2981,7 +2982,7 @@ class HandlerThreads:
         """Refuse the jobs that have waited too long, and all if no thread becomes free any more."""
         now, late = time.monotonic(), []
         with self._lock:
-            is_stuck = self._idle == 0 and self._count >= self._limit and now - self._last_end > STUCK_AFTER
+            is_stuck = self._idle == 0 and self._count >= self._limit and now - self._last_change > STUCK_AFTER
             patience = STUCK_AFTER if is_stuck else LONGEST_QUEUE
             for address, line in list(self._waiting.items()):
                 late += [job for job in line if job.refuse and now - job.since > patience]
