@@ -2954,11 +2954,13 @@ class HandlerThreads:
     def _work(self) -> None:
         job = self._begun.get()
         while job is not None:
+            address = job.address
             try:
                 job.run()
             except BaseException:               # whatever it is, the thread is needed for others
                 self._logger.exception("a handler thread's job failed")
-            job = self._next_job(job.address) or self._begun.get()
+            job = None                          # an idle thread would keep the request of its last job
+            job = self._next_job(address) or self._begun.get()
 
     def _next_job(self, address: str | None) -> Job | None:
         """A job for that address is done: the next one, from the next line that may have a thread; or None."""
