@@ -4296,11 +4296,11 @@ class HttpTransport:
         address = connection.address
         if self._proxies:
             forwarded = [each.strip() for each in request.headers.get("x-forwarded-for", "").split(",")]
-            while forwarded and self._is_proxy(address):
+            while forwarded and self.is_proxy(address):
                 address = forwarded.pop() or address
         return address
 
-    def _is_proxy(self, address: str) -> bool:
+    def is_proxy(self, address: str) -> bool:
         try:
             return any(ipaddress.ip_address(address) in network for network in self._proxies)
         except ValueError:
@@ -5332,7 +5332,10 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         if self._tls is not None:
             request = self._tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
             kind = TLSConnection
-        self.watch.adopt(kind(request, client_address[0], self.watch, self.http))
+        connection = kind(request, client_address[0], self.watch, self.http)
+        if self.http.is_proxy(connection.address):
+            connection.group = ""               # it speaks for many, so no limit by address is for it
+        self.watch.adopt(connection)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         self.logger.info("a connection from %s failed: %s", client_address[0], sys.exc_info()[1])
