@@ -3378,6 +3378,11 @@ class Watch:
             return True
         return False
 
+    def do_soon(self, job: Callable[[], None]) -> None:
+        """Have the leader do something in its next round."""
+        self._jobs.append(job)
+        self.wake()
+
     def is_led_here(self) -> bool:
         return self._leader == threading.get_ident()
 
@@ -5119,28 +5124,29 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         return bool(self.core.ready) and self._wait.deliver(ROUNDS_AT_ONCE) and bool(self.core.ready)
 
     def _lack_memory(self) -> None:
-        """More waits than max_memory.  Those who keep most of it go, on a handler thread, until it is enough."""
+        """More waits than max_memory.  The leader sees to it: no handler thread may be free, and only it closes."""
         if self._is_relieving.acquire(blocking=False):
-            self._handler_threads.run(self._relieve_memory)
+            self.watch.do_soon(self._relieve_memory)
 
     def _relieve_memory(self) -> None:
+        """End those that keep most, one after another, until it is enough."""
         try:
-            sessions = [(session.waiting_size, session) for session in self.sessions]
-            connections = [(connection.kept, connection) for connection in list(self.watch.connections)]
+            with self.core.lock:
+                sessions = [(session.waiting_size, session) for session in self.core.sessions.values()]
+            connections = [(connection.kept, connection) for connection in self.watch.connections]
             for size, keeper in sorted(sessions + connections, key=lambda pair: -pair[0]):
                 with self.core.lock:
                     if size == 0 or self.memory.used <= self.memory.limit:
                         break
                     if isinstance(keeper, Session):
                         self.core.end_session(keeper, ENDED_MEMORY)
-                if isinstance(keeper, Session):
-                    self.core.wake()
-                else:
+                if not isinstance(keeper, Session):
                     self.logger.warning("a connection from %s is closed: more than max_memory waits, %d bytes in this one",
                                         keeper.address, size)
-                    keeper.abort()
+                    self.watch.close(keeper)
         finally:
             self._is_relieving.release()
+        self.core.wake()
 
     def _open_log(self) -> logging.Handler | None:
         if self.options.debug:
