@@ -2753,8 +2753,9 @@ class FrameReader:
     def feed(self, data: bytes) -> Iterator[tuple[int, Any]]:
         """The messages that data completes, one by one: (opcode, payload).
 
-        Payloads are text for TEXT_FRAME, (code, reason) for CLOSE_FRAME, and bytes.  What came before a fault
-        is given before WebSocketError is raised.
+        Payloads are text for TEXT_FRAME, (code, reason) for CLOSE_FRAME, and bytes.  A fragment that completes
+        nothing gives an empty CONTINUATION_FRAME, so that a reader of many small ones can stop in between.  What
+        came before a fault is given before WebSocketError is raised.
         """
         if not self._buffer:
             self._buffer = data
@@ -2777,6 +2778,8 @@ class FrameReader:
                 fragments, opcode = self._fragments, self._opcode
                 self._fragments, self._decoder, self._opcode = None, None, CONTINUATION_FRAME
                 yield opcode, fragments.decode("utf-8") if opcode == TEXT_FRAME else bytes(fragments)
+            else:
+                yield CONTINUATION_FRAME, b""
 
     @property
     def size(self) -> int:
@@ -3983,7 +3986,7 @@ class WebSocket(HttpStream):
         return self._reader.size
 
     def consume(self, connection: Connection) -> None:
-        """Bytes have come.  Only so many messages are read at once, and none while output waits for the peer."""
+        """Bytes have come.  Only so many frames are read at once, and none while output waits for the peer."""
         data, connection.input = connection.input, b""
         self._is_pinged = False
         if not connection.output:               # from here the time is ours, not the peer's
