@@ -4554,7 +4554,8 @@ class HttpTransport:
             return Response(status=204, headers={"Allow": "GET, HEAD, OPTIONS"})
         if request.method not in ("GET", "HEAD"):
             raise HTTPFault(405, "Files are read by GET or HEAD", Allow="GET, HEAD, OPTIONS")
-        return Files(self.options).respond(request)
+        with self.core.turns.interrupted():     # a file system may be slow, too
+            return Files(self.options).respond(request)
 
     @staticmethod
     def _ask_handler(prefix: str, handler: Callable, request: Request) -> Response:
