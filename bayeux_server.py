@@ -4655,15 +4655,21 @@ class BodySource:
 
     def read(self) -> bytes:
         """The next part; b'' at the end.  ApplicationFault, HTTPFault: there is none, though there should be."""
-        with self._lock:
-            if self.is_closed:
-                return b""
-            part = self._application.call("reading a body", self._read_part) if self._missing else b""
-            if self._missing and not 0 < len(part) <= self._missing:
-                raise HTTPFault(500, f"A body ended {self._missing} bytes before its length, or gave too many")
-            self._missing -= len(part)
-        if not self._missing or self.is_closed:
-            self.close()
+        part = b""
+        try:
+            with self._lock:
+                if self._missing and not self.is_closed:
+                    part = self._next_part()
+        finally:
+            if not part or not self._missing or self.is_closed:
+                self.close()
+        return part
+
+    def _next_part(self) -> bytes:
+        part = self._application.call("reading a body", self._read_part)
+        if not 0 < len(part) <= self._missing:
+            raise HTTPFault(500, f"A body ended {self._missing} bytes before its length, or gave too many")
+        self._missing -= len(part)
         return part
 
     def _read_part(self) -> bytes:
@@ -4673,11 +4679,13 @@ class BodySource:
         return part
 
     def close(self) -> None:
-        """Who reads it just now closes it after that."""
+        """Once.  Who reads it just now closes it after that."""
         self.is_closed = True
         if self._lock.acquire(blocking=False):
             try:
-                self._application.run("closing a body", self._file.close)
+                file, self._file = self._file, None
+                if file is not None:
+                    self._application.run("closing a body", lambda: file.close())
             finally:
                 self._lock.release()
 
