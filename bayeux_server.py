@@ -350,6 +350,10 @@ class Memory:
             self._events -= self._ended_events.popleft()
         return self._events + self._others
 
+    def has_room_for(self, address: str, size: int) -> bool:
+        """Whether the address, and this process, may keep so many bytes more."""
+        return not self.is_too_much_for(address, size) and self._events + self._others + size <= self.limit
+
 
 class Turns:
     """Lets one handler thread compute at a time, and between two turns the leader.
@@ -3021,7 +3025,7 @@ class Connection:
     expired(connection) when its deadline is over, lost(connection) when it is closed.
     """
 
-    __slots__ = ("address", "deadline", "exchange", "group", "idle_time", "input", "is_arriving", "is_closed",
+    __slots__ = ("address", "deadline", "exchange", "group", "handled_size", "idle_time", "input", "is_arriving", "is_closed",
                  "is_closing", "is_handled", "kept", "lock", "output", "protocol", "request", "socket", "source",
                  "unsent", "watch", "watched")
     is_secure = False
@@ -3041,6 +3045,7 @@ class Connection:
         self.source: BodySource | None = None               # of more output
         self.idle_time: float | None = None                 # after an exchange; None: KEEP_ALIVE
         self.is_handled = False                             # by a handler thread
+        self.handled_size = 0                               # bytes of what it handles, or will when it is free
         self.is_arriving = False                            # a request has begun to come
         self.is_closing = False
         self.is_closed = False
@@ -3245,8 +3250,8 @@ class Connection:
 
     @property
     def size(self) -> int:
-        """Bytes that it keeps: what has come of a request, and what its peer has not taken in."""
-        return len(self.input) + self.protocol.kept_input(self) + self.unsent
+        """Bytes that it keeps: what has come of a request or waits for a thread, and what its peer has not taken in."""
+        return len(self.input) + self.protocol.kept_input(self) + self.handled_size + self.unsent
 
 
 class TLSConnection(Connection):
@@ -3330,15 +3335,19 @@ class Watch:
                     pass
 
     def hand_over(self, connection: Connection, job: Callable[[], None], refuse: Callable[[], None] | None = None,
-                  address: str | None = None) -> None:
+                  address: str | None = None, size: int = 0) -> None:
         """Have a handler thread do what may take its time, in turns; here, if this thread is one already.
 
-        The connection is not looked at until it is done.  If there is no thread, refuse is called instead, by the
-        leader, and if the client has hung up by then, nothing.
+        The connection is not looked at until it is done.  If there is no thread, or no room for the size bytes that
+        have to wait for it, refuse is called instead, by the leader, and if the client has hung up by then, nothing.
         """
         if not self.is_led_here():
             return job()
-        connection.is_handled = True
+        if refuse is not None and not self._memory.has_room_for(connection.group, size - connection.kept):
+            return refuse()
+        connection.is_handled, connection.handled_size = True, size
+        if size:
+            self.count(connection)
         self._watch_for(connection, 0)
         self.threads.run(partial(self._handle, connection, job), address or connection.group,
                          refuse and partial(self._handle_refusal, connection, refuse))
@@ -3358,7 +3367,7 @@ class Watch:
             self.wake()
 
     def _handle_refusal(self, connection: Connection, refuse: Callable[[], None]) -> None:
-        connection.is_handled = False
+        connection.is_handled, connection.handled_size = False, 0
         self._attend(connection, lambda connection: refuse())
         self.resume(connection)
 
@@ -3438,7 +3447,7 @@ class Watch:
         self._do_jobs(jobs)
         for _ in range(len(self._handled)):
             connection = self._handled.popleft()
-            connection.is_handled = False
+            connection.is_handled, connection.handled_size = False, 0
             self._attend(connection, self._look_again)
         for _ in range(len(self._resumed)):
             self._attend(self._resumed.popleft(), self._look_again)
@@ -3502,8 +3511,10 @@ class Watch:
             if change > 0 and size > self._memory.connection_limit:
                 self._drop(connection, "its connection")
             elif change > 0 and self._memory.is_too_much_for(connection.group):
-                neighbours = [each for each in self.connections if each.group == connection.group]
-                self._drop(max(neighbours, key=lambda each: each.kept), "its address")
+                # Of one that is handled nothing would be freed; this one is not.
+                neighbours = [each for each in self.connections
+                              if each.group == connection.group and not each.is_handled]
+                self._drop(max(neighbours, key=lambda each: each.kept, default=connection), "its address")
 
     def _drop(self, connection: Connection, whose: str) -> None:
         self._logger.warning("a connection from %s is closed; %s keeps too many bytes waiting, %d in this connection",
@@ -4017,7 +4028,7 @@ class WebSocket(HttpStream):
     def _take_message(self, connection: Connection, opcode: int, payload: Any) -> None:
         if opcode == TEXT_FRAME:
             if len(payload) > SHORT_REQUEST:
-                self._hand_over(connection, partial(self._take_batch, connection, payload))
+                self._hand_over(connection, len(payload), partial(self._take_batch, connection, payload))
             else:
                 self._take_batch(connection, payload)
         elif opcode == PING_FRAME:
@@ -4036,17 +4047,18 @@ class WebSocket(HttpStream):
             return
         exchange = SocketExchange(self, text, self._http.options)
         if core.may_take_its_time(messages):
-            self._hand_over(connection, partial(core.receive, messages, exchange), messages)
+            self._hand_over(connection, len(text), partial(core.receive, messages, exchange), messages)
         else:
             core.receive(messages, exchange)
 
-    def _hand_over(self, connection: Connection, job: Callable[[], None], messages: Iterable = (None,)) -> None:
-        """Have a handler thread take care of a batch; the frames behind it wait."""
+    def _hand_over(self, connection: Connection, size: int, job: Callable[[], None],
+                   messages: Iterable = (None,)) -> None:
+        """Have a handler thread take care of a batch of so many characters; the frames behind it wait."""
         def run() -> None:
             job()
             self._renew(connection)
         connection.watch.hand_over(connection, run, partial(self._refuse, messages, no_thread_error()),
-                                   address_group(self.address))
+                                   address_group(self.address), size)
 
     def _refuse(self, messages: Iterable, error: BayeuxError) -> None:
         self._http.logger.info("refused a batch from %s: %s", self.address, error)
@@ -4349,7 +4361,7 @@ class HttpTransport:
         self._watch.hand_over(
             connection, partial(self._respond, connection, request, job),
             partial(self._refuse, connection, request, fault, not request.wants_keep_alive, False),
-            address_group(request.address))
+            address_group(request.address), len(request.body))
 
     def _is_bayeux(self, request: Request) -> bool:
         """The path, or any below it: CometD's client appends handshake, connect and so on."""
@@ -4648,7 +4660,7 @@ class BodySource:
 
     def __init__(self, file: BinaryIO, length: int, application: ApplicationCode) -> None:
         self.is_closed = False
-        self._file = file
+        self._file: BinaryIO | None = file      # until it is closed
         self._missing = length
         self._application = application
         self._lock = threading.Lock()           # held while it is read
@@ -5145,7 +5157,7 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         try:
             with self.core.lock:
                 sessions = [(session.waiting_size, session) for session in self.core.sessions.values()]
-            connections = [(connection.kept, connection) for connection in self.watch.connections]
+            connections = [(each.kept, each) for each in self.watch.connections if not each.is_handled]
             for size, keeper in sorted(sessions + connections, key=lambda pair: -pair[0]):
                 with self.core.lock:
                     if size == 0 or self.memory.used <= self.memory.limit:
