@@ -5419,7 +5419,12 @@ class Demo:
             user = data.get("user")
             name = user[:self.LONGEST_NAME] if isinstance(user, str) else "somebody"
             text = f"I heard {name} say: {data['chat'][:200]}"
-            self.bot.publish("/chat/demo", {"user": "autobot", "chat": text})
+            self.say("/chat/demo", {"user": "autobot", "chat": text})
+
+    def say(self, channel: str, data: dict) -> None:
+        """Publish as the bot.  It is silent once the server stops, and while it has too much to hear (429)."""
+        with contextlib.suppress(BayeuxError):
+            self.bot.publish(channel, data)
 
     def come_or_go(self, message: dict) -> dict:
         data, client_id = message.get("data"), message.get("clientId")
@@ -5433,17 +5438,17 @@ class Demo:
 
     def change_member(self, client_id: str, user: str | None) -> None:
         """Announce who came, went, or took another name; the one lock keeps the announcements in order."""
-        with self.lock, contextlib.suppress(BayeuxError):       # once the server stops, the bot is silent
+        with self.lock:
             before = self.members.pop(client_id, None)
             if user is not None and any(session.id == client_id for session in self.server.sessions):
                 self.members[client_id] = user
             after = self.members.get(client_id)
             if before != after:
                 if before is not None:
-                    self.bot.publish("/chat/demo", {"user": before, "leave": True, "chat": f"{before} has left"})
+                    self.say("/chat/demo", {"user": before, "leave": True, "chat": f"{before} has left"})
                 if after is not None:
-                    self.bot.publish("/chat/demo", {"user": after, "join": True, "chat": f"{after} has joined"})
-                self.bot.publish("/chat/members", self.member_list())
+                    self.say("/chat/demo", {"user": after, "join": True, "chat": f"{after} has joined"})
+                self.say("/chat/members", self.member_list())
 
     def member_list(self) -> dict:
         names = ["autobot", *self.members.values()]
