@@ -1160,6 +1160,9 @@ class Mailbox:
         """Whether as much waits in it as may."""
         return len(self.items) >= self.core.options.max_queue or self.size >= self.core.memory.mailbox_limit
 
+    def is_half_empty(self) -> bool:
+        return len(self.items) <= self.core.options.max_queue / 2 and self.size <= self.core.memory.mailbox_limit / 2
+
     def clear(self) -> None:
         """Under the lock."""
         self.items.clear()
@@ -2335,7 +2338,8 @@ class Bayeux:
         it right; and its mistake neither fills the memory nor stops the server.
         """
         assert self.lock.locked()
-        if self._notices in self.full_mailboxes and event != "client_disconnect":
+        is_behind = self._notices in self.full_mailboxes or self._missed_notices
+        if is_behind and event != "client_disconnect":
             if event == "client_connect":
                 self._untold.add(client_id)
             if not self._missed_notices:
@@ -2351,8 +2355,9 @@ class Bayeux:
         event, details = notice
         if isinstance(details, Event):
             details = details.notice()
-        if self._missed_notices and self._notices not in self.full_mailboxes:
-            missed, self._missed_notices = self._missed_notices, 0
+        if self._missed_notices and self._notices.is_half_empty():      # not sooner, or they would miss some at once
+            with self.lock:
+                missed, self._missed_notices = self._missed_notices, 0
             self.logger.warning("the listeners have missed %d notices, and hear of what happens again", missed)
         told = {key: value for key, value in details.items() if value is not None or key == "data"}
         for listener in self._listeners[event]:
