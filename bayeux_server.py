@@ -4563,8 +4563,7 @@ class HttpTransport:
     def _plain_response(self, request: Request) -> Response:
         for prefix, handler in self._handlers:
             if request.path == prefix or request.path.startswith(prefix.rstrip("/") + "/"):
-                return self.core.application.call(f"the content handler of {prefix}", self._ask_handler,
-                                                  prefix, handler, request)
+                return self._handler_response(request, prefix, handler)
         if self.options.docroot is None:
             raise HTTPFault(404, f"Nothing here; Bayeux is at {self.options.path}")
         if request.method == "OPTIONS":
@@ -4573,6 +4572,14 @@ class HttpTransport:
             raise HTTPFault(405, "Files are read by GET or HEAD", Allow="GET, HEAD, OPTIONS")
         with self.core.turns.interrupted():     # a file system may be slow, too
             return Files(self.options).respond(request)
+
+    def _handler_response(self, request: Request, prefix: str, handler: Callable) -> Response:
+        name = f"the content handler of {prefix}"
+        try:
+            return self.core.application.call(name, self._ask_handler, prefix, handler, request)
+        except BayeuxError as error:            # nobody speaks Bayeux here: it comes from a publish, say
+            self.logger.exception("%s failed", name)
+            raise ApplicationFault(name) from error
 
     @staticmethod
     def _ask_handler(prefix: str, handler: Callable, request: Request) -> Response:
