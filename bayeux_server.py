@@ -3348,7 +3348,8 @@ class Watch:
         """
         if not self.is_led_here():
             return job()
-        if refuse is not None and not self._memory.has_room_for(connection.group, size - connection.kept):
+        more = size - connection.kept
+        if refuse is not None and more > 0 and not self._memory.has_room_for(connection.group, more):
             return refuse()
         connection.is_handled, connection.handled_size = True, size
         if size:

@@ -4234,11 +4234,11 @@ def serve_tls(serve, certificate):
 # ======================================================================================
 
 def read(*parts, max_size=1 << 20):
-    """What a reader gives for the parts; the code of the error that ends it stands last."""
+    """The messages that a reader gives for the parts; the code of the error that ends it stands last."""
     reader, messages = bayeux_server.FrameReader(max_size), []
     try:
         for part in parts:
-            messages.extend(reader.feed(part))
+            messages.extend(each for each in reader.feed(part) if each[0] != bayeux_server.CONTINUATION_FRAME)
     except bayeux_server.WebSocketError as error:
         messages.append(error.code)
     return messages
