@@ -1454,9 +1454,13 @@ class Bayeux:
             raise BayeuxError(401, "", "No clientId", advice=self._advice("handshake"))
         if not isinstance(client_id, str):
             raise BayeuxError(400, "", "clientId must be a string", advice=self._advice("handshake"))
+        raise self.unknown_client(client_id)
+
+    def unknown_client(self, client_id: str) -> BayeuxError:
+        """The error for a clientId of which there is no session, with the reason if that is remembered."""
         reason = self._departed.get(client_id)
-        raise BayeuxError(402, client_id, "Unknown client" + (f" - it ended by {reason}" if reason else ""),
-                          advice=self._advice("handshake"))
+        return BayeuxError(402, client_id, "Unknown client" + (f" - it ended by {reason}" if reason else ""),
+                           advice=self._advice("handshake"))
 
     def application_comes(self, turn: Turn) -> None:
         """The next call may take its time: what has been published leaves now."""
@@ -2027,11 +2031,18 @@ class Bayeux:
             if stream is not None:
                 stream.sessions[session] = None
 
+    def session_for(self, client_id: str, stream: Stream) -> Session | None:
+        """The session of which the client may open an event stream."""
+        assert self.lock.locked()
+        session = self.sessions.get(client_id)
+        is_foreign = session is not None and self.options.bind_sessions and session.browser != stream.browser
+        return None if is_foreign else session
+
     def attach(self, client_id: str, stream: Stream) -> bool:
         """The same from outside: an event stream has been opened for the session.  False: there is none."""
         with self.lock:
-            session = self.sessions.get(client_id)
-            if session is None or (self.options.bind_sessions and session.browser != stream.browser):
+            session = self.session_for(client_id, stream)
+            if session is None:
                 return False
             self._attach(session, stream)
             self.make_ready(session)
@@ -3017,10 +3028,16 @@ class HandlerThreads:
 
 
 class Part(NamedTuple):
-    """Output that waits for a slow peer, and whom to tell whether it was written."""
+    """Output that waits for a slow peer.
+
+    Attributes:
+        when_written: is told whether it was written.
+        is_interim: the answer is still to come.
+    """
 
     data: memoryview
-    when_written: Callable[[bool], None] | None
+    when_written: Callable[[bool], None] | None = None
+    is_interim: bool = False
 
 
 class Connection:
@@ -3030,9 +3047,9 @@ class Connection:
     expired(connection) when its deadline is over, lost(connection) when it is closed.
     """
 
-    __slots__ = ("address", "deadline", "exchange", "group", "handled_size", "idle_time", "input", "is_arriving", "is_closed",
-                 "is_closing", "is_handled", "kept", "lock", "output", "protocol", "request", "socket", "source",
-                 "unsent", "watch", "watched")
+    __slots__ = ("address", "deadline", "exchange", "group", "handled_size", "idle_time", "input", "is_arriving",
+                 "is_closed", "is_closing", "is_handled", "kept", "lock", "output", "output_deadline", "protocol",
+                 "request", "socket", "source", "unsent", "watch", "watched")
     is_secure = False
 
     def __init__(self, client_socket: socket.socket, address: str, watch: Watch, protocol: Any) -> None:
@@ -3054,7 +3071,8 @@ class Connection:
         self.is_arriving = False                            # a request has begun to come
         self.is_closing = False
         self.is_closed = False
-        self.deadline = time.monotonic() + watch.patience
+        self.deadline = time.monotonic() + watch.patience   # of the protocol; its thread alone sets it
+        self.output_deadline = math.inf                     # counts instead while output waits
         self.kept = 0                                       # bytes of input and output, as last counted
         self.watched = 0                                    # what the selector watches for; 0: it is not in it
 
@@ -3123,13 +3141,13 @@ class Connection:
         """Send before the answer (100 Continue).  The exchange goes on."""
         with self.lock:
             if not self.is_closed:
-                is_written = self._send_or_keep(data, None, None, ())
+                is_written = self._send_or_keep(data, None, None, (), is_interim=True)
                 if is_written is not None:
-                    return                  # a peer that is gone is seen to be by who reads
+                    return                  # the leader will read the end of a peer that is gone
         self.watch.resume(self)
 
     def _send_or_keep(self, data: bytes, source: BodySource | None, when_written: Callable[..., None] | None,
-                      arguments: tuple) -> bool | None:
+                      arguments: tuple, is_interim: bool = False) -> bool | None:
         """Send what there is room for, and keep the rest for flush(); returns what write() does."""
         assert self.lock.locked()
         try:
@@ -3141,11 +3159,11 @@ class Connection:
         if sent == len(data) and source is None and not self.output:
             return True
         if not self.output:                     # else the peer's time is running already
-            self.deadline = time.monotonic() + self.watch.patience
+            self.output_deadline = time.monotonic() + self.watch.patience
             self.output = collections.deque()
         # The rest is not added to what waits, or it would be copied for each frame that follows.
         rest = memoryview(data)[sent:]
-        self.output.append(Part(rest, partial(when_written, *arguments) if when_written else None))
+        self.output.append(Part(rest, partial(when_written, *arguments) if when_written else None, is_interim))
         self.unsent += len(rest)
         self.source = source
         return None
@@ -3155,6 +3173,7 @@ class Connection:
         written: list[Callable[[bool], None]] = []
         lost: list[Callable[[bool], None]] = []
         with self.lock:
+            is_interim = len(self.output) == 1 and self.output[0].is_interim
             try:
                 is_written = any(self._write_part(written) for _ in range(PARTS_AT_ONCE))
             except WOULD_BLOCK:
@@ -3166,7 +3185,7 @@ class Connection:
             is_finished = is_written and self.source is None
             if is_finished:
                 self.output = ()
-                if self.exchange is not None or self.request is None:       # else it was a 100 Continue
+                if not is_interim:
                     self._finish_exchange()
         for when_written in written:
             when_written(True)
@@ -3180,16 +3199,16 @@ class Connection:
     def _write_part(self, written: list[Callable[[bool], None]]) -> bool:
         """Some of the output; whether all of it that is there is written now."""
         if self.output:
-            data, when_written = self.output[0]
-            sent = self.send(data) if data else 0
+            part = self.output[0]
+            sent = self.send(part.data) if part.data else 0
             self.unsent -= sent
-            self.deadline = time.monotonic() + self.watch.patience
-            if sent < len(data):
-                self.output[0] = Part(data[sent:], when_written)
+            self.output_deadline = time.monotonic() + self.watch.patience
+            if sent < len(part.data):
+                self.output[0] = part._replace(data=part.data[sent:])
                 return False
             self.output.popleft()
-            if when_written is not None:
-                written.append(when_written)
+            if part.when_written is not None:
+                written.append(part.when_written)
         return not self.output
 
     def fill(self, part: bytes) -> None:
@@ -3200,9 +3219,9 @@ class Connection:
             if self.source.is_closed:
                 self.source = None
             if part:
-                self.output = collections.deque((Part(memoryview(part), None),))
+                self.output_deadline = time.monotonic() + self.watch.patience
+                self.output = collections.deque((Part(memoryview(part)),))
                 self.unsent += len(part)
-                self.deadline = time.monotonic() + self.watch.patience
             else:
                 self.output = ()
                 self._finish_exchange()
@@ -3252,6 +3271,11 @@ class Connection:
         for when_written in lost:
             when_written(False)
         self.protocol.lost(self)
+
+    @property
+    def time_is_over(self) -> float:
+        """When it is: while output waits, the time of its peer is running, whatever else happens."""
+        return self.output_deadline if self.output else self.deadline
 
     @property
     def size(self) -> int:
@@ -3306,7 +3330,7 @@ class Watch:
         self._waking, self._woken = socket.socketpair()
         self._waking.setblocking(False)
         self._woken.setblocking(False)
-        self._waking_lock = threading.Lock()    # between writing and closing: the number may be another's by then
+        self._waking_lock = threading.Lock()    # guards both of them, and _is_awake
         self._is_awake = False
         self._leader: int | None = None
         self._is_accepting = False
@@ -3331,13 +3355,13 @@ class Watch:
         self.wake()
 
     def wake(self) -> None:
-        if not self._is_awake and not self.is_led_here():
+        """Have the leader go round once more.  The lock is for threads that run at once, without the interpreter's."""
+        if not self.is_led_here():
             with self._waking_lock:
-                self._is_awake = True
-                try:
-                    self._waking.send(b"\0")
-                except OSError:                 # full: it is awake; closed: it is over
-                    pass
+                if not self._is_awake:
+                    self._is_awake = True
+                    with contextlib.suppress(OSError):      # full: it is awake; closed: it is over
+                        self._waking.send(b"\0")
 
     def hand_over(self, connection: Connection, job: Callable[[], None], refuse: Callable[[], None] | None = None,
                   address: str | None = None, size: int = 0) -> None:
@@ -3416,7 +3440,6 @@ class Watch:
     def stop(self) -> None:
         """Close every connection, and lead no more."""
         self._is_over = True
-        self._is_awake = False
         self.wake()
 
     # -- The leader ------------------------------------------------------------------------
@@ -3448,8 +3471,9 @@ class Watch:
             elif key.fileobj is self._listener:
                 self._accept()
             else:
-                self._woken.recv(4096)
-                self._is_awake = False      # after the reading: a wake in between finds us awake
+                with self._waking_lock:
+                    self._is_awake = False
+                    self._woken.recv(4096)
         self._do_jobs(jobs)
         for _ in range(len(self._handled)):
             connection = self._handled.popleft()
@@ -3574,7 +3598,7 @@ class Watch:
         self._next_sweep = now + min(1.0, self.patience / 4)
         self._look_after_listener()
         self.threads.refuse_late()
-        late = [connection for connection in list(self.connections) if connection.deadline <= now]
+        late = [connection for connection in list(self.connections) if connection.time_is_over <= now]
         for connection in late:
             if time.monotonic() > now + TURN:       # the rest is late in the next round, too
                 self._next_sweep = 0.0
@@ -3631,18 +3655,23 @@ REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
 class HTTPFault(Exception):
-    """A request that is answered by a status other than 200: why, and with what further headers."""
+    """A request that is answered by a status other than 200: why, and with what further headers.
 
-    def __init__(self, status: int, text: str, messages: Iterable = (None,), **headers: str) -> None:
-        super().__init__(text)
+    The reason is a text, or an error of Bayeux, if its code is another than the status.
+    """
+
+    def __init__(self, status: int, reason: str | BayeuxError, messages: Iterable = (None,), **headers: str) -> None:
+        super().__init__(str(reason))
         self.status = status
-        self.text = text
+        self.error = reason if isinstance(reason, BayeuxError) else None
+        self.text = str(reason)
         self.messages = messages        # where they are known, each gets its reply: Faye waits for no less
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def batch(self) -> str:
         advice = {"advice": {"reconnect": "retry"}} if self.status == 503 else {}
-        error = BayeuxError(self.status if self.status in ERROR_MEANINGS else 400, "", self.text, **advice)
+        code = self.status if self.status in ERROR_MEANINGS else 400
+        error = self.error or BayeuxError(code, "", self.text, **advice)
         return encode_json([refusal(message, error) for message in self.messages])
 
 
@@ -4006,8 +4035,7 @@ class WebSocket(HttpStream):
         """Bytes have come.  Only so many frames are read at once, and none while output waits for the peer."""
         data, connection.input = connection.input, b""
         self._is_pinged = False
-        if not connection.output:               # from here the time is ours, not the peer's
-            connection.deadline = math.inf
+        connection.deadline = math.inf          # from here the time is ours, not the peer's
         try:
             for count, (opcode, payload) in enumerate(self._reader.feed(data), 1):
                 self._take_message(connection, opcode, payload)
@@ -4027,8 +4055,8 @@ class WebSocket(HttpStream):
 
     @staticmethod
     def _renew(connection: Connection) -> None:
-        """The peer has been heard of.  While it has output to take in, that does not gain it time."""
-        if not connection.is_closing and not connection.output:
+        """The peer has been heard of."""
+        if not connection.is_closing:
             connection.deadline = time.monotonic() + connection.idle_time
 
     def _take_message(self, connection: Connection, opcode: int, payload: Any) -> None:
@@ -4466,15 +4494,24 @@ class HttpTransport:
                           f"{cookie}Sec-WebSocket-Accept: {websocket_accept(key)}\r\n\r\n").encode("latin-1"))
 
     def _open_event_stream(self, connection: Connection, request: Request) -> None:
-        """Faye's way: the last segment of the path is the clientId."""
+        """Faye's way: the last segment of the path is the clientId.
+
+        A browser opens a stream again that has broken off, and gives it up when the status is another than 200.  (HTML,
+        "Server-sent events")
+        """
         stream = EventStream(self, connection, request)
+        client_id = request.path.rpartition("/")[2]
+        with self.core.lock:
+            session = self.core.session_for(client_id, stream)
+        if session is None:
+            raise HTTPFault(404, self.core.unknown_client(client_id), [{}])
         self._begin_request(stream)
         connection.idle_time = self.options.ping_interval or math.inf
         connection.protocol = stream
         head = ("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-store\r\n"
                 f"{request.cors}Connection: close\r\n\r\n:\r\n\r\n")      # and a comment, so that something comes
         connection.write(head.encode("latin-1"))
-        if not self.core.attach(request.path.rpartition("/")[2], stream):
+        if not self.core.attach(client_id, stream):     # it has ended in this moment
             connection.push(b"", is_last=True)
 
     def _begin_request(self, exchange: HttpExchange | HttpStream, messages: Iterable = (None,)) -> None:

@@ -36,7 +36,8 @@ import sys
 import threading
 import time
 import urllib.parse
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 import pytest
 
@@ -4513,6 +4514,25 @@ class TestConnections:
             assert (connect["channel"], connect["successful"]) == ("/meta/connect", True)
             assert peer.read_answer().batch[0]["id"] == "second"
 
+    @pytest.mark.parametrize("tails", [[b"\r\n"], [b"", b"\r\n"], [b"", b"\r", b"\n"], [b"\r", b"\n\r\n"]])
+    def test_an_empty_line_behind_a_connect_does_not_release_it(self, server, monkeypatch, tails):
+        """Some old clients send one, which no length counts; it is no request."""
+        with Peer(server) as peer:
+            consume, heard = server.http.consume, []
+            monkeypatch.setattr(server.http, "consume", lambda connection: (consume(connection), heard.append(1)))
+            send_at_once(peer)
+            peer.subscribe("/a")
+            peer.send(whole_post(CorePeer.connect_message(peer.id)) + tails[0])
+            wait_until(lambda: is_held(server, peer.id), "the hold of the connect")
+            for tail in tails[1:]:
+                before = len(heard)
+                peer.send(tail)
+                wait_until(lambda before=before: len(heard) > before, "the arrival of the tail")
+            peer.publish("/a", "x")
+            assert events_of(peer.read_answer().batch) == ["x"]
+            peer.send(whole_post())
+            assert peer.read_answer().batch[0]["id"] == "p"
+
     def test_a_connect_with_a_request_behind_it_is_not_held(self, server):
         with Peer(server) as peer:
             peer.send(whole_post(CorePeer.connect_message(peer.id, id="first")) + whole_post({**PING, "id": "second"}))
@@ -4654,9 +4674,9 @@ class TestConnections:
         with Peer(serve(request_timeout=0.2, timeout=0.5)) as peer:
             assert events_of(peer.connect()) == []
 
-    def fill(self, server, peer, number=100):
+    def fill(self, server, peer, wire=None, number=100):
         """Queue more for the peer than sockets buffer, then connect without reading."""
-        make_buffers_small(server, peer)
+        make_buffers_small(server, wire or peer)
         peer.subscribe("/big")
         for each in range(number):
             server.publish("/big", f"{each}:" + "x" * 100_000)
@@ -4693,6 +4713,32 @@ class TestConnections:
             server.publish("/big", "later")
             wait_until(lambda: not has_unsent_output(server), "the hang-up")
             assert self.fetch(peer, 101) == [str(number) for number in range(100)] + ["later"]
+
+    @pytest.mark.parametrize("transport", ["long-polling", "websocket", "eventsource"])
+    def test_no_protocol_lifts_the_deadline_of_waiting_output(self, serve, transport):
+        """A client that sends now and then, and reads nothing, is hung up on all the same."""
+        server = serve(request_timeout=0.4)
+        with ExitStack() as stack:
+            peer = stack.enter_context(SocketPeer(server) if transport == "websocket" else Peer(server))
+            wire = stack.enter_context(EventWire(server, peer.id)) if transport == "eventsource" else peer
+            self.fill(server, peer, wire) if transport != "websocket" else self.fill_socket(server, peer)
+            connection, = [each for each in list(server.watch.connections) if each.output]
+            connection.deadline = float("inf")
+            limit = time.monotonic() + PATIENCE
+            while has_unsent_output(server):
+                assert time.monotonic() < limit, "the connection is kept"
+                connection.deadline = float("inf")
+                with suppress(OSError):
+                    wire.send(b"\r\n" if transport != "websocket" else masked(PING_FRAME))
+                time.sleep(0.005)
+
+    @staticmethod
+    def fill_socket(server, peer):
+        make_buffers_small(server, peer)
+        peer.subscribe("/big")
+        for _ in range(100):
+            server.publish("/big", "x" * 100_000)
+        wait_until(lambda: has_unsent_output(server), "output that waits")
 
     def test_who_hangs_up_in_the_middle_of_an_answer_loses_nothing(self, server):
         """C6; and long before request_timeout."""
@@ -4744,6 +4790,67 @@ class TestConnections:
         errors.take()
 
 
+FORKING_PROGRAM = """
+import os, sys, time
+from bayeux_server import BayeuxServer
+
+server = BayeuxServer(port=0).start()
+print(server.port, flush=True)
+sys.stdin.readline()
+child = os.fork()
+if child == 0:
+    time.sleep(1000)
+print(child, flush=True)
+sys.stdin.readline()
+server.shutdown()
+print("over", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+class TestForking:
+    """A child that the application forks keeps every socket open that there was, and knows nothing of it."""
+
+    @pytest.fixture
+    def forked(self):
+        """A server in a process that has forked: port and a function that stops it; some wires from before."""
+        process = subprocess.Popen([sys.executable, "-c", FORKING_PROGRAM], cwd=HERE, stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, encoding="utf-8")
+
+        def answer_to(line):
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            return process.stdout.readline().strip()
+
+        child = None
+        self.port, self.options = int(process.stdout.readline()), bayeux_server.Options()
+        try:
+            with Peer(self) as peer, Wire(self) as wire:
+                wire.post(PING)
+                peer.send_connect()
+                child = int(answer_to("fork"))
+                yield peer, wire, partial(answer_to, "stop")
+        finally:
+            if child:
+                os.kill(child, signal.SIGKILL)
+            process.communicate("", timeout=PATIENCE)
+
+    def test_a_close_reaches_the_client(self, forked):
+        _, wire, _ = forked
+        wire.send(b"nonsense\r\n\r\n")
+        assert wire.read_answer().status == 400
+        assert wire.is_closed_by_server()
+
+    def test_stopping_reaches_clients_and_closes_the_port(self, forked):
+        peer, wire, stop = forked
+        assert stop() == "over"
+        assert peer.read_answer().batch[0]["successful"]
+        assert peer.is_closed_by_server() and wire.is_closed_by_server()
+        with pytest.raises(ConnectionError):
+            socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+
+
 class TestTLS:
     """The same parking, through TLS."""
 
@@ -4754,6 +4861,14 @@ class TestTLS:
             peer.subscribe("/chat/*")
             peer.publish("/chat/demo", "hello")
             assert events_of(peer.connect()) == ["hello"]
+
+    def test_expect_100_continue(self, serve_tls, tls):
+        body = json.dumps([PING]).encode("utf-8")
+        with Wire(serve_tls(), tls) as wire:
+            wire.send(raw_post(b"", f"Content-Length: {len(body)}", "Expect: 100-continue"))
+            assert wire.read_answer().status == 100
+            wire.send(body)
+            assert wire.read_answer().batch[0]["id"] == "p"
 
     def test_an_ssl_context_of_your_own(self, serve, certificate, tls):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -6812,6 +6927,51 @@ class TestOutput:
         peers.close()
         assert told == [(0, True), (1, False), (2, False)]
 
+    @staticmethod
+    def full_connection():
+        """A connection whose socket takes nothing more, and the peer's end of it."""
+        ours, peers = socket.socketpair()
+        ours.setblocking(False)
+        peers.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                ours.send(b"x" * 100_000)
+        return bayeux_server.Connection(ours, "", TestOutput.Watch(), TestOutput.Protocol()), peers
+
+    @staticmethod
+    def drain(peers):
+        received = b""
+        with suppress(BlockingIOError):
+            while True:
+                received += peers.recv(1_000_000)
+        return received
+
+    def test_a_100_continue_that_had_to_wait_does_not_end_the_exchange(self):
+        """Its answer is still to come."""
+        connection, peers = self.full_connection()
+        connection.exchange = "a request"
+        connection.push_interim(b"100")
+        assert connection.output
+        self.drain(peers)
+        connection.flush()
+        assert self.drain(peers) == b"100" and not connection.output
+        assert connection.exchange == "a request"
+        assert connection.write(b"answer") is True and connection.exchange is None
+        assert self.drain(peers) == b"answer"
+        connection.close()
+        peers.close()
+
+    def test_an_answer_behind_a_100_continue_that_had_to_wait_ends_the_exchange(self):
+        connection, peers = self.full_connection()
+        connection.exchange = "a request"
+        connection.push_interim(b"100")
+        assert connection.write(b"answer") is None and connection.exchange is not None
+        self.drain(peers)
+        connection.flush()
+        assert self.drain(peers) == b"100answer" and connection.exchange is None
+        connection.close()
+        peers.close()
+
     def test_what_is_pushed_behind_waiting_output_stays_behind(self):
         ours, peers = socket.socketpair()
         ours.setblocking(False)
@@ -7511,9 +7671,29 @@ class TestEventStream:
             peer.publish("/a", "polled")
             assert [event["data"] for event in peer.connect()[1:]] == ["polled"]
 
-    def test_the_stream_of_an_unknown_client_ends_at_once(self, server):
-        with EventWire(server, "nobody") as stream:
-            assert stream.read_batch() is None
+    @pytest.mark.parametrize("end", ["unknown", "ended"])
+    def test_a_stream_without_a_session_is_refused_so_that_the_browser_gives_it_up(self, server, end):
+        """It would come again after every 200, for ever."""
+        with Peer(server) as peer:
+            client_id = peer.id if end == "ended" else "nobody"
+            server.end_session(peer.id, "maintenance")
+            with EventWire(server, client_id) as stream:
+                assert stream.answer.status == 404
+                reply, = stream.answer.batch
+                assert error_code(reply) == 402 and ("maintenance" in reply["error"]) == (end == "ended")
+                assert reply["advice"] == ADVICE_HANDSHAKE
+                assert stream.post(PING)[0]["successful"], "the connection is good for the next request"
+
+    def test_a_session_that_ends_while_its_stream_is_opened_ends_the_stream(self, server, monkeypatch):
+        attach = server.core.attach
+
+        def attach_late(client_id, stream):
+            server.end_session(client_id, "maintenance")
+            return attach(client_id, stream)
+
+        monkeypatch.setattr(server.core, "attach", attach_late)
+        with Peer(server) as peer, EventWire(server, peer.id) as stream:
+            assert stream.answer.status == 200 and stream.read_batch() is None
 
     def test_the_end_of_the_session_ends_the_stream(self, server):
         """X1"""
@@ -7566,7 +7746,7 @@ class TestEventStream:
         server.subscribe("/a", client_id)
         server.publish("/a", "x")
         with EventWire(server, client_id) as thief, EventWire(server, client_id, Cookie=cookie) as owner:
-            assert thief.read_batch() is None
+            assert thief.answer.status == 404 and error_code(thief.answer.batch[0]) == 402
             assert owner.receive(1) == ["x"]
 
     def test_streams_cost_no_threads(self, server):
