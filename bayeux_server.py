@@ -276,26 +276,71 @@ MAILBOX_SHARE = 32                      # 16 MiB of events that a local client, 
 CONNECTION_SHARE = 32                   # 16 MiB that one connection has not taken in, or not sent to its end
 ADDRESS_SHARE = 16                      # 32 MiB that the connections and subscriptions of one address keep
 SUBSCRIPTION_SIZE = 256                 # bytes that a subscription takes beside its pattern, more or less
+LONGEST_ADDRESS = 64                    # characters of an IPv6 address in brackets with its port, and some more
 NOTICE_SIZE = 512                       # bytes that a notice to listeners takes beside the event that it tells
 
 
+@lru_cache(maxsize=4096)
 def plain_address(text: str) -> str:
-    """An IP address without the port that some proxies write behind it, and IPv4 where IPv6 only wraps it."""
+    """The IP address that the text names: without a port or a zone, and IPv4 where IPv6 only wraps it.
+
+    'unknown' stands for every text that names none.
+    """
     match = re.fullmatch(r"\[([^\]]*)\](?::\d*)?|([^:]*):\d*", text)
-    address = (match[1] or match[2] or "") if match else text
-    return address.rpartition(":")[2] if address.lower().startswith("::ffff:") and "." in address else address
+    written = (match[1] or match[2] or "") if match else text
+    try:
+        address = ipaddress.ip_address(written.partition("%")[0])
+    except ValueError:
+        return "unknown"
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 @lru_cache(maxsize=4096)
 def address_group(address: str) -> str:
     """By what the limits by address count: of IPv6 the /64, all of which one machine may call its own.
 
-    '' stands for those that have no limit: trusted proxies, who speak for many.
+    '' stands for those that have no limit: trusted proxies, which speak for many.
     """
     if ":" in address:
         with contextlib.suppress(ValueError):
             return str(ipaddress.ip_network((address.partition("%")[0], 64), strict=False))
     return address
+
+
+class Addresses:
+    """Which addresses are proxies that are trusted, and by what each address is counted.
+
+    Arguments:
+        proxies: IP addresses or networks, the option trusted_proxies.
+    """
+
+    def __init__(self, proxies: Iterable[str] = ()) -> None:
+        self._proxies = [ipaddress.ip_network(each, strict=False) for each in proxies]
+        self.is_proxy = lru_cache(maxsize=4096)(self._is_proxy)
+        self.group = lru_cache(maxsize=4096)(self._group)
+
+    def _is_proxy(self, address: str) -> bool:
+        try:
+            return any(ipaddress.ip_address(address) in network for network in self._proxies)
+        except ValueError:
+            return False
+
+    def _group(self, address: str) -> str:
+        """The address_group; '' for a trusted proxy."""
+        return "" if self._is_proxy(address) else address_group(address)
+
+    def client(self, peer: str, forwarded: str | None) -> str:
+        """The peer's address, or, where the peer is a trusted proxy, the last address that is no such proxy.
+
+        Arguments:
+            forwarded: the header X-Forwarded-For.  A peer that is not trusted may write into it what it likes.
+        """
+        address = peer
+        if forwarded:
+            elements = [each.strip() for each in forwarded.split(",") if each.strip()]
+            while elements and self.is_proxy(address):
+                address = plain_address(elements.pop()[:LONGEST_ADDRESS])
+        return address
 
 
 class Memory:
@@ -1274,6 +1319,7 @@ class Bayeux:
         self.options = options
         self.logger = logger or logging.getLogger("bayeux_server")
         self.clock = clock
+        self.addresses = Addresses(options.trusted_proxies)
         self.memory = memory or Memory(options.max_memory)
         self.turns = turns or Turns()
         self.application = ApplicationCode(self.logger, self.turns)
@@ -1727,7 +1773,7 @@ class Bayeux:
             new = wanted - session.patterns.keys()
             if len(session.patterns) + len(new) > self.options.max_subscriptions:
                 raise BayeuxError(429, SUBSCRIBE, f"More than {self.options.max_subscriptions} subscriptions")
-            if self.memory.is_too_much_for(address_group(session.address), subscriptions_size(new)):
+            if self.memory.is_too_much_for(self.addresses.group(session.address), subscriptions_size(new)):
                 raise BayeuxError(429, SUBSCRIBE, f"Too many subscriptions from {session.address}")
             for pattern in wanted:
                 self.add_subscription(session, pattern)
@@ -1780,7 +1826,7 @@ class Bayeux:
     def _count_subscriptions(self, subscriber: Session | LocalClient, patterns: Iterable[str], sign: int = 1) -> None:
         """A remote client's count against its address."""
         if isinstance(subscriber, Session) and patterns:
-            self.memory.take_for(address_group(subscriber.address), sign * subscriptions_size(patterns))
+            self.memory.take_for(self.addresses.group(subscriber.address), sign * subscriptions_size(patterns))
 
     def _require_live(self, session: Session) -> None:
         """It may have ended since the message was let in: another of its requests may have said so."""
@@ -3052,10 +3098,11 @@ class Connection:
                  "request", "socket", "source", "unsent", "watch", "watched")
     is_secure = False
 
-    def __init__(self, client_socket: socket.socket, address: str, watch: Watch, protocol: Any) -> None:
+    def __init__(self, client_socket: socket.socket, address: str, watch: Watch, protocol: Any,
+                 group: str = "") -> None:
         self.socket = client_socket
         self.address = address
-        self.group = address_group(address)
+        self.group = group                                  # by which limits by address count it; '': by none
         self.watch = watch
         self.protocol = protocol
         self.lock = threading.Lock()
@@ -4092,7 +4139,7 @@ class WebSocket(HttpStream):
             job()
             self._renew(connection)
         connection.watch.hand_over(connection, run, partial(self._refuse, messages, no_thread_error()),
-                                   address_group(self.address), size)
+                                   self._http.core.addresses.group(self.address), size)
 
     def _refuse(self, messages: Iterable, error: BayeuxError) -> None:
         self._http.logger.info("refused a batch from %s: %s", self.address, error)
@@ -4199,7 +4246,6 @@ class HttpTransport:
         self.is_stopping = False
         self._watch = watch
         self.logger = logger
-        self._proxies = [ipaddress.ip_network(each, strict=False) for each in options.trusted_proxies]
         self._open_requests: collections.Counter[str] = collections.Counter()      # by address
         self._handlers = sorted(options.content_handlers.items(), key=lambda item: -len(item[0]))
 
@@ -4275,7 +4321,8 @@ class HttpTransport:
             parse = parse_kept_head if end <= LONGEST_KEPT else parse_head
             request = connection.request = Request(*parse(head))
             request.is_secure = connection.is_secure
-            request.address = self._client_address(connection, request)
+            request.address = self.core.addresses.client(
+                connection.address, request.headers.get("x-forwarded-for"))
             self._expect_body(connection, request)
         if request.chunks is not None:
             connection.input = request.chunks.feed(connection.input)
@@ -4342,24 +4389,6 @@ class HttpTransport:
         request.body = bytes(request.body)
         return True
 
-    def _client_address(self, connection: Connection, request: Request) -> str:
-        """The peer, or, where that is a trusted proxy, whom it speaks for: the last it tells that is no proxy.
-
-        Whoever is no trusted proxy may write into X-Forwarded-For what he likes.
-        """
-        address = connection.address
-        if self._proxies:
-            forwarded = [each.strip() for each in request.headers.get("x-forwarded-for", "").split(",")]
-            while forwarded and self.is_proxy(address):
-                address = forwarded.pop() or address
-        return address
-
-    def is_proxy(self, address: str) -> bool:
-        try:
-            return any(ipaddress.ip_address(address) in network for network in self._proxies)
-        except ValueError:
-            return False
-
     # -- Answering it ----------------------------------------------------------------------
 
     def _respond(self, connection: Connection, request: Request, job: Callable[[], None] | None = None) -> None:
@@ -4395,7 +4424,7 @@ class HttpTransport:
         self._watch.hand_over(
             connection, partial(self._respond, connection, request, job),
             partial(self._refuse, connection, request, fault, not request.wants_keep_alive, False),
-            address_group(request.address), len(request.body))
+            self.core.addresses.group(request.address), len(request.body))
 
     def _is_bayeux(self, request: Request) -> bool:
         """The path, or any below it: CometD's client appends handshake, connect and so on."""
@@ -4426,7 +4455,7 @@ class HttpTransport:
             if may_ask and self.options.post_handle is not None:
                 refuse = partial(self._send_plain, connection, request, response, is_last)
                 self._watch.hand_over(connection, partial(self._send_handled, connection, request, response, is_last),
-                                      refuse, address_group(request.address))
+                                      refuse, self.core.addresses.group(request.address))
             else:
                 self._send_plain(connection, request, response, is_last)
 
@@ -5412,10 +5441,8 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         if self._tls is not None:
             request = self._tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
             kind = TLSConnection
-        connection = kind(request, client_address[0], self.watch, self.http)
-        if self.http.is_proxy(connection.address):
-            connection.group = ""               # it speaks for many, so no limit by address is for it
-        self.watch.adopt(connection)
+        address = plain_address(client_address[0])
+        self.watch.adopt(kind(request, address, self.watch, self.http, self.core.addresses.group(address)))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         self.logger.info("a connection from %s failed: %s", client_address[0], sys.exc_info()[1])

@@ -696,6 +696,42 @@ class TestChannels:
 
 
 # ======================================================================================
+# §3  Budgets and turns: addresses
+# ======================================================================================
+
+class TestAddressesCounted:
+
+    @pytest.mark.parametrize("written, address", [
+        ("192.0.2.1", "192.0.2.1"), ("192.0.2.1:8080", "192.0.2.1"), ("192.0.2.1:", "192.0.2.1"),
+        ("::ffff:192.0.2.1", "192.0.2.1"), ("::FFFF:c000:201", "192.0.2.1"), ("[::ffff:192.0.2.1]:80", "192.0.2.1"),
+        ("2001:DB8:0::1", "2001:db8::1"), ("[2001:db8::1]", "2001:db8::1"), ("[2001:db8::1]:443", "2001:db8::1"),
+        ("fe80::1%eth0", "fe80::1"), ("fe80::1%" + "x" * 1000, "fe80::1"),
+        ("", "unknown"), ("unknown", "unknown"), ("_hidden", "unknown"), ("192.0.2.256", "unknown"),
+        ("192.0.2.1 x", "unknown"), ("[2001:db8::1", "unknown"), ("x" * 10_000, "unknown")])
+    def test_an_address_is_written_in_one_way(self, written, address):
+        assert bayeux_server.plain_address(written) == address
+
+    @pytest.mark.parametrize("address, group", [
+        ("192.0.2.1", "192.0.2.1"), ("2001:db8:0:1:a::1", "2001:db8:0:1::/64"), ("2001:db8:0:1:ffff::", "2001:db8:0:1::/64"),
+        ("2001:db8:0:2::1", "2001:db8:0:2::/64"), ("unknown", "unknown"), ("10.1.2.3", ""), ("fd00::1", "")])
+    def test_ipv6_is_counted_by_its_network_and_a_trusted_proxy_not_at_all(self, address, group):
+        assert bayeux_server.Addresses(["10.0.0.0/8", "fd00::/8"]).group(address) == group
+
+    @pytest.mark.parametrize("forwarded, address", [
+        ("9.9.9.9:1234", "9.9.9.9"), ("9.9.9.9, [fd00::7]:80, 10.0.0.1:4000", "9.9.9.9"),
+        ("9.9.9.9, ::ffff:10.0.0.1", "9.9.9.9"), ("::ffff:9.9.9.9", "9.9.9.9"), ("[2001:db8::1]:443", "2001:db8::1"),
+        ("9.9.9.9, garbage", "unknown"), ("9.9.9.9, garbage, 10.0.0.1", "unknown"), ("x" * 5000, "unknown"),
+        ("9.9.9.9" + " " * 100 + "x", "unknown"), (" , , ", "10.0.0.9"), (None, "10.0.0.9"), ("10.0.0.1", "10.0.0.1")])
+    def test_a_trusted_proxy_tells_an_address_or_none(self, forwarded, address):
+        """Garbage is no proxy: what stands before it may have been written by anybody."""
+        assert bayeux_server.Addresses(["10.0.0.0/8", "fd00::/8"]).client("10.0.0.9", forwarded) == address
+
+    def test_an_untrusted_peer_speaks_for_itself(self):
+        assert bayeux_server.Addresses(["10.0.0.0/8"]).client("9.9.9.9", "8.8.8.8") == "9.9.9.9"
+        assert bayeux_server.Addresses().client("9.9.9.9", "8.8.8.8") == "9.9.9.9"
+
+
+# ======================================================================================
 # §3  Messages
 # ======================================================================================
 
@@ -5810,6 +5846,18 @@ class TestAddresses:
             assert not self.is_admitted(server, X_Forwarded_For="9.9.9.9")
             assert not self.is_admitted(server, X_Forwarded_For="8.8.8.8, 9.9.9.9")
             assert self.is_admitted(server, X_Forwarded_For="8.8.8.8")
+
+    def test_a_wrapped_ipv4_address_is_one(self, serve):
+        """A server that listens on :: sees IPv4 clients as ::ffff:192.0.2.1; they and their proxies are IPv4."""
+        server = serve(trusted_proxies=["10.0.0.0/8"])
+        for peer, address, group in (("::ffff:10.0.0.1", "10.0.0.1", ""), ("::ffff:192.0.2.1", "192.0.2.1", "192.0.2.1"),
+                                     ("2001:db8::7%2", "2001:db8::7", "2001:db8::/64")):
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                client = socket.create_connection(listener.getsockname())
+                server.process_request(listener.accept()[0], (peer, 1, 0, 0))
+            connection, = [each for each in list(server.watch.connections) if each.address == address]
+            assert connection.group == group
+            client.close()
 
     @pytest.mark.parametrize("forwarded, address", [
         ("9.9.9.9", "9.9.9.9"), ("8.8.8.8, 9.9.9.9", "9.9.9.9"), ("9.9.9.9, 10.1.2.3", "9.9.9.9"),
