@@ -144,7 +144,12 @@ MAX_HEAD = 16 * 1024                    # bytes of request line and headers; Apa
 HEADS_KEPT, LONGEST_KEPT = 256, 2048    # so many request heads, as they were read, of up to so many bytes
 MAX_CALLBACK_LENGTH = 64                # characters of a JSONP callback's name
 REMEMBERED_SESSIONS = 1000              # ended sessions whose reason is still told to a late client
-MULTIPLE_CLIENTS_INTERVAL = 2.0         # seconds between polls of a crowded browser; CometD: 2
+MULTIPLE_CLIENTS_INTERVAL = 2.0         # seconds between polls of a crowded browser, or address; CometD: 2
+TOO_FAST_INTERVAL = 1.0                 # seconds that a client pauses which has sent more than max_rate
+BURST = 5.0                             # seconds' worth of max_rate that may come at once
+UNKNOWN_CLIENTS = 30                    # connects of unknown clients, by address and minute, that cost no pause
+UNKNOWN_CLIENT_PAUSE, LONGEST_PAUSE = 0.1, 5.0      # seconds of it for each that is more, and at most
+REMEMBERED_ADDRESSES = 1000             # addresses of which is known what happened within the last minute
 BUSY_RETRY = 5                          # seconds, in Retry-After, for who was over a limit
 KEEP_ALIVE = 75.0                       # seconds an idle connection is kept; nginx: 75
 LINGER = 2.0                            # seconds to let a refused client read why
@@ -257,7 +262,7 @@ class ChannelRegistry:
 # ======================================================================================
 # §3  Budgets and turns
 #
-# Nothing that one client does may stop the others.  Two rules see to that everywhere below:
+# Nothing that one client does may stop the others.  Three rules see to that everywhere below:
 #
 #   budgets   Bytes that have to wait are counted where they are kept: the events that a session has
 #             not fetched, the input and output of a connection, the mailboxes of the application's
@@ -266,6 +271,9 @@ class ChannelRegistry:
 #   turns     One thread, the leader, reads and answers everything that is short (§10).  A request
 #             that may be long goes to a handler thread.  There one thread computes at a time,
 #             for TURN seconds; then it lets the leader go round before it goes on.
+#   addresses An address has its share of connections, sessions and handler threads.  Many people may
+#             have one address, so no limit by address refuses what a living session sends: over the
+#             limit a client is slowed down (§5).  A trusted proxy speaks for many, and has no limit.
 #
 # An event counts once, however many sessions wait for it, and as long as one of them does.
 # ======================================================================================
@@ -341,6 +349,64 @@ class Addresses:
             while elements and self.is_proxy(address):
                 address = plain_address(elements.pop()[:LONGEST_ADDRESS])
         return address
+
+
+class LastMinute:
+    """How often something has happened within the last minute, by address.
+
+    It costs little, however many addresses there are: only the latest times of the latest addresses are kept.
+
+    Arguments:
+        most: it counts so far, and no further.
+    """
+
+    def __init__(self, clock: Callable[[], float], most: int) -> None:
+        self._clock = clock
+        self._most = most
+        self._times: dict[str, collections.deque[float]] = {}       # the address that was noted last stands last
+
+    def count(self, address: str) -> int:
+        """How often it has happened."""
+        times, begin = self._times.get(address, ()), self._clock() - 60.0
+        return sum(time > begin for time in times)
+
+    def note(self, address: str) -> int:
+        """It happens.  How often it has, this time included."""
+        times = self._times.pop(address, None) or collections.deque(maxlen=self._most)
+        times.append(self._clock())
+        self._times[address] = times
+        while len(self._times) > REMEMBERED_ADDRESSES or not self.count(next(iter(self._times))):
+            del self._times[next(iter(self._times))]
+        return self.count(address)
+
+
+class Rates:
+    """Who sends more than max_rate: a token bucket for each session, or address.
+
+    A bucket holds as many messages as may come at once, and fills again in time.  Only those that are not full
+    are kept, so that a quiet session has none.
+
+    Arguments:
+        rate: messages a second.
+    """
+
+    def __init__(self, rate: float, clock: Callable[[], float]) -> None:
+        self._rate = rate
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._buckets: dict[str, tuple[float, float]] = {}      # what is left, and since when; the latest last
+
+    def admit(self, sender: str) -> bool:
+        """Whether one more message may pass."""
+        now = self._clock()
+        with self._lock:
+            left, since = self._buckets.pop(sender, (self._rate * BURST, now))
+            left = min(self._rate * BURST, left + self._rate * (now - since))
+            is_admitted = left >= 1
+            self._buckets[sender] = (left - is_admitted, now)
+            while self._buckets[next(iter(self._buckets))][1] <= now - BURST:      # full by now
+                del self._buckets[next(iter(self._buckets))]
+            return is_admitted
 
 
 class Memory:
@@ -818,6 +884,11 @@ ENDED_SHUTDOWN = "server shutdown"
 ENDED_INACTIVE = "inactivity"
 ENDED_MEMORY = "lack of memory"
 
+# Why a client is told to come less often.
+SLOWED_BROWSER = "multiple clients of its browser"
+SLOWED_ADDRESS = "connections kept open by its address"
+SLOWED_RATE = "messages a second"
+
 
 MAKING_FLAGS = threading.Lock()         # held for a moment, at the first use of a session's flags
 
@@ -828,6 +899,7 @@ class Exchange:
     Attributes:
         transport: the connection type that carries it.
         address: the client's IP address.
+        is_forwarded: whether the client says that it speaks for another, and is no trusted proxy.
         browser: the BAYEUX_BROWSER cookie that came, or None.
         may_hold: False when another request waits behind this one on its connection.
         is_large: whether one of its messages may be larger than max_message_size.
@@ -839,6 +911,7 @@ class Exchange:
     __slots__ = ("comment_filtered", "hold")
     transport = LONG_POLLING
     address = ""
+    is_forwarded = False
     browser: str | None = None
     may_hold = True
     is_large = False
@@ -874,14 +947,16 @@ class Stream(Exchange):
     Attributes:
         sessions: those whose events go this way.
         carries_requests: whether its client's connects come this way, too; one that comes another way has left it.
+        is_counted: among the connections that its address keeps open.
     """
 
-    __slots__ = ("sessions",)
+    __slots__ = ("is_counted", "sessions")
     carries_requests = False
 
     def __init__(self) -> None:
         super().__init__()
         self.sessions: dict[Session, None] = {}         # one mostly, but a socket may carry thousands
+        self.is_counted = False
 
     def feed(self, broadcast: Broadcast, session: Session) -> bool:
         """Write the session's part of a broadcast.  False: not written yet, or lost; settling it is seen to."""
@@ -1000,8 +1075,8 @@ class Session:
     """
 
     __slots__ = ("__weakref__", "_flags", "acknowledgement", "active", "address", "browser", "comment_filtered",
-                 "connected", "created", "crowded", "ended", "hold", "id", "in_flight", "is_ready", "is_urgent",
-                 "lazy_deadline", "lease", "patterns", "queue", "stream", "timer", "transport")
+                 "connected", "created", "ended", "hold", "id", "in_flight", "is_ready", "is_urgent",
+                 "lazy_deadline", "lease", "patterns", "queue", "slowed", "stream", "timer", "transport")
 
     def __init__(self, id: str | None, exchange: Exchange) -> None:
         self.id = id
@@ -1014,7 +1089,7 @@ class Session:
         self.ended: str | None = None
         self.comment_filtered = False
         self.connected = False              # had its first connect answered
-        self.crowded = False                # was told of multiple clients in its browser
+        self.slowed = ""                    # why its client was told to come less often; "": it was not, or no longer
         self.active = 0.0                   # when it last sent something else than a connect
         self.queue: Parcel | Backlog | tuple[()] = ()       # a Parcel is shared with others
         self.is_urgent = False              # the queue is to be delivered now: not all in it is lazy
@@ -1264,6 +1339,15 @@ class Mailbox:
 ANY_VERSION = re.compile(r"\d+(?:\.[A-Za-z0-9][A-Za-z0-9\-_]*)*")
 
 
+def count_by(counter: dict[str, int], key: str, change: int) -> None:
+    """Count, and keep no zeros: the counters are as large as what there is now, not what there ever was."""
+    count = counter.get(key, 0) + change
+    if count:
+        counter[key] = count
+    else:
+        del counter[key]
+
+
 def is_version(value: str) -> bool:
     return len(value) < 50 and ANY_VERSION.fullmatch(value) is not None
 
@@ -1337,6 +1421,14 @@ class Bayeux:
         self.full_mailboxes: set[Mailbox] = set()                           # that take no more
         self.opening: set[int] = set()                                      # threads that run callbacks
         self.scheduled_mailboxes = 0                                        # those, and those being opened
+        # By address_group: connections that are kept open, as a connect is held there or as it is a stream; sessions.
+        self.kept_open: collections.Counter[str] = collections.Counter()
+        self._sessions_of: collections.Counter[str] = collections.Counter()
+        self._held_by_browser: collections.Counter[str] = collections.Counter()
+        self._warned = LastMinute(clock, 1)
+        self._unknown_clients = LastMinute(clock, UNKNOWN_CLIENTS + round(LONGEST_PAUSE / UNKNOWN_CLIENT_PAUSE))
+        self._rates = Rates(options.max_rate, clock) if options.max_rate else None
+        self._limits_addresses = options.client_max_connections > 0
         self.stopping = False
         self._departed: collections.OrderedDict[str, str] = collections.OrderedDict()
         self._run_later = run_later
@@ -1434,7 +1526,7 @@ class Bayeux:
                              len(turn.refusals), count, address, channel, error)
 
     def _session_of(self, message: dict, turn: Turn) -> Session | None:
-        """The session that the message's clientId names, if it names one; its lease begins anew."""
+        """The session that the message's clientId names, if it names one."""
         client_id = message.get("clientId")
         session = self.sessions.get(client_id) if isinstance(client_id, str) else None
         if session is None:
@@ -1443,7 +1535,6 @@ class Bayeux:
             self.logger.warning("session %s was used without the cookie of its handshake, from %s",
                                 client_id, turn.exchange.address)
             return None
-        session.lease = self.clock() + self.options.connect_timeout
         if session.comment_filtered:
             turn.exchange.comment_filtered = True
         return session
@@ -1474,9 +1565,13 @@ class Bayeux:
             if session is None:
                 session = self._unknown_client(message, turn, may_be_anonymous=(
                     channel == PING or (channel not in self._meta and self.options.anon_publish)))
-            if channel != CONNECT:
-                session.active = self.clock()
+            if self._rates is not None and channel not in (CONNECT, DISCONNECT):
+                self._check_rate(session, turn)
             self._check_acl(session, message, turn)
+            now = self.clock()              # a message that was refused does not keep its session alive
+            session.lease = now + self.options.connect_timeout
+            if channel != CONNECT:
+                session.active = now
         if turn.published and turn.published[-1].channel != channel:
             self._deliver_published(turn)
         return handler(session, message, turn)
@@ -1491,6 +1586,15 @@ class Bayeux:
                               else "Bad channel name")
         return self._call_service if channel.startswith(SERVICE) else self._publish
 
+    def _check_rate(self, session: Session, turn: Turn) -> None:
+        """Messages without a session are counted by address."""
+        sender = session.id
+        if sender is None and self._limits_addresses:
+            sender = self.addresses.group(turn.exchange.address)
+        if sender and not self._rates.admit(sender):
+            session.slowed = session.slowed or SLOWED_RATE
+            raise BayeuxError(429, "", "Too many messages", advice=self._slow_advice(TOO_FAST_INTERVAL))
+
     def _unknown_client(self, message: dict, turn: Turn, may_be_anonymous: bool) -> Session:
         """A session for this one message only, if it may do without; or why there is none."""
         client_id = message.get("clientId")
@@ -1500,13 +1604,27 @@ class Bayeux:
             raise BayeuxError(401, "", "No clientId", advice=self._advice("handshake"))
         if not isinstance(client_id, str):
             raise BayeuxError(400, "", "clientId must be a string", advice=self._advice("handshake"))
-        raise self.unknown_client(client_id)
+        pause = self._unknown_client_pause(turn.exchange) if message["channel"] == CONNECT else 0.0
+        raise self.unknown_client(client_id, pause)
 
-    def unknown_client(self, client_id: str) -> BayeuxError:
+    def unknown_client(self, client_id: str, pause: float = 0.0) -> BayeuxError:
         """The error for a clientId of which there is no session, with the reason if that is remembered."""
         reason = self._departed.get(client_id)
         return BayeuxError(402, client_id, "Unknown client" + (f" - it ended by {reason}" if reason else ""),
-                           advice=self._advice("handshake"))
+                           advice={**self._advice("handshake"), "interval": round(pause * 1000)})
+
+    def _unknown_client_pause(self, exchange: Exchange) -> float:
+        """Seconds after which an unknown client should come back; more than 0 when many came from its address.
+
+        Behind a proxy that brings each request to another server of several, no session lasts, and all clients
+        would go round between handshake and connect as fast as they can.
+        """
+        group = self.addresses.group(exchange.address)
+        if not group or not self._limits_addresses:
+            return 0.0
+        with self.lock:
+            count = self._unknown_clients.note(group)
+        return min(LONGEST_PAUSE, UNKNOWN_CLIENT_PAUSE * max(0, count - UNKNOWN_CLIENTS))
 
     def application_comes(self, turn: Turn) -> None:
         """The next call may take its time: what has been published leaves now."""
@@ -1575,6 +1693,11 @@ class Bayeux:
         return {"reconnect": "retry", "interval": round(self.options.interval * 1000),
                 "timeout": round(self.options.timeout * 1000)}
 
+    def _slow_advice(self, pause: float) -> dict:
+        """Whole advice to pause between two connects, as long as the session does not end by it."""
+        interval = max(self.options.interval, min(pause, self.options.connect_timeout / 2))
+        return {**self._advice(), "interval": round(interval * 1000)}
+
     @staticmethod
     def _channel_shown(message: dict) -> str:
         channel = message.get("channel")
@@ -1608,9 +1731,7 @@ class Bayeux:
             if self.stopping:
                 raise BayeuxError(503, "", "The server is stopping",
                                   advice={"reconnect": "handshake", "interval": BUSY_RETRY * 1000})
-            if len(self.sessions) >= self.options.max_sessions:
-                raise BayeuxError(429, "", "Too many sessions",
-                                  advice={"reconnect": "handshake", "interval": BUSY_RETRY * 1000})
+            self._require_place(session)
             self.sessions[session.id] = session
             session.active = self.clock()
             session.lease = session.active + self.options.connect_timeout
@@ -1618,6 +1739,17 @@ class Bayeux:
             self.tell("client_connect", client_id=session.id, ip=session.address)
         self.logger.debug("session %s begins, from %s", session.id, session.address)
         return self._finish(session, message, reply)
+
+    def _require_place(self, session: Session) -> None:
+        """Count a new session, if there is room for it: one address has no more than half of max_sessions."""
+        assert self.lock.locked()
+        group = self.addresses.group(session.address) if self._limits_addresses else ""
+        source = f" from {session.address}" if group and (
+            self._sessions_of[group] >= max(1, self.options.max_sessions // 2)) else ""
+        if source or len(self.sessions) >= self.options.max_sessions:
+            raise BayeuxError(429, "", "Too many sessions" + source,
+                              advice={"reconnect": "handshake", "interval": BUSY_RETRY * 1000})
+        count_by(self._sessions_of, group, 1)
 
     @staticmethod
     def _check_version(message: dict) -> None:
@@ -1652,8 +1784,8 @@ class Bayeux:
 
         Not held: the first of a session (clients say nothing before it returns), one that shares its
         request with other messages or has another request behind it, one whose client asks for timeout
-        0, one of a browser that has too many, and Faye's beside an event stream.  A newer connect releases
-        the older.
+        0, one of a browser or of an address that has too many, and Faye's beside an event stream.  A newer
+        connect releases the older.
         """
         if message.get("connectionType") not in self.connection_types:
             raise BayeuxError(400, CONNECT, f"connectionType must be {' or '.join(self.connection_types)}")
@@ -1661,8 +1793,9 @@ class Bayeux:
             raise BayeuxError(409, CONNECT, "One connect a request")
         self._require_place(session, turn.exchange.stream)
         self._end_inactive(session)
-        advice = self._connect_advice(session, message, turn)
-        patience = self._patience(session, message, turn)
+        crowding = self._crowding(session, message, turn)
+        advice = self._connect_advice(session, message, crowding)
+        patience = 0.0 if crowding else self._patience(session, message, turn)
         reply = self._success(message, advice=advice) if advice else None
         if patience > 0:
             text = self._reply_text(session, message, reply)
@@ -1673,6 +1806,7 @@ class Bayeux:
             if patience > 0:
                 hold = Hold(session, turn.exchange, text, timesync, self.clock() + patience)
                 session.hold = turn.exchange.hold = hold
+                self._count_hold(hold, 1)
                 self._schedule(session)
             elif session.acknowledgement:
                 session.acknowledgement.number += 1
@@ -1702,23 +1836,32 @@ class Bayeux:
         session.transport = message["connectionType"]
         session.connected = True
 
-    def _connect_advice(self, session: Session, message: dict, turn: Turn) -> dict | None:
+    def _connect_advice(self, session: Session, message: dict, crowding: str) -> dict | None:
         """News for the client: with its first connect all there is to know, later what has changed."""
-        was_crowded, session.crowded = session.crowded, self._is_crowded(session, turn)
-        if session.crowded:
-            return {**self._advice(), "interval": round(MULTIPLE_CLIENTS_INTERVAL * 1000), "multiple-clients": True}
-        if message["connectionType"] == EVENTSOURCE and not session.acknowledgement:
+        was_slowed = session.slowed
+        if was_slowed or crowding:
+            session.slowed = crowding
+        is_undone = {"multiple-clients": False} if was_slowed == SLOWED_BROWSER else {}
+        if crowding == SLOWED_BROWSER:
+            return {**self._slow_advice(MULTIPLE_CLIENTS_INTERVAL), "multiple-clients": True}
+        if crowding:
+            return {**self._slow_advice(MULTIPLE_CLIENTS_INTERVAL), **is_undone}
+        if self._is_beside_stream(session, message):
             # Its connects carry nothing, and only show that it lives: twice in the life of a session will do.
-            interval = max(self.options.interval, min(self.options.timeout, self.options.connect_timeout / 2))
-            return {**self._advice(), "interval": round(interval * 1000)}
-        if was_crowded:
-            return {**self._advice(), "multiple-clients": False}
+            return self._slow_advice(self.options.timeout)
+        if was_slowed:                      # clients keep advice until there is other
+            return {**self._advice(), **is_undone}
         return None if session.connected else self._advice()
+
+    @staticmethod
+    def _is_beside_stream(session: Session, message: dict) -> bool:
+        """Whether the connect is Faye's, beside an event stream on which the events leave."""
+        return message["connectionType"] == EVENTSOURCE and not session.acknowledgement
 
     def _patience(self, session: Session, message: dict, turn: Turn) -> float:
         """How long the connect may be held; a shorter time of the client's is honoured.  (Bayeux, "timeout")"""
         if (not session.connected or turn.is_shared or not turn.exchange.may_hold or self.stopping
-                or (message["connectionType"] == EVENTSOURCE and not session.acknowledgement) or session.crowded):
+                or self._is_beside_stream(session, message)):
             return 0.0
         advice = message.get("advice")
         asked = advice.get("timeout") if isinstance(advice, dict) else None
@@ -1733,14 +1876,80 @@ class Bayeux:
             raise BayeuxError(402, session.id or "", f"Session ended by {ENDED_INACTIVE}",
                               advice={"reconnect": "none", "interval": 0})
 
-    def _is_crowded(self, session: Session, turn: Turn) -> bool:
-        """(Bayeux, "Server-side Multiple clients detection")"""
+    # -- Connections kept open -------------------------------------------------------------
+    #
+    # A held connect keeps its connection, and a browser has six to a host; so has an address its limit.  Over it
+    # nothing is refused: the client is told to poll.  A connect on a stream is no connection more.
+
+    def _crowding(self, session: Session, message: dict, turn: Turn) -> str:
+        """Why the connect is not to be held, one of SLOWED_...; or ''.
+
+        (Bayeux, "Server-side Multiple clients detection").  Without the lock: of connects that come on several
+        threads in the same moment one too many may be held, which does no harm.
+        """
+        exchange, own = turn.exchange, session.hold
+        if exchange.stream is not None or self._is_beside_stream(session, message):
+            return ""
+        own = own if own is not None and own.exchange.stream is None else None      # it makes room for this one
         allowed = self.options.max_sessions_per_browser
-        if not allowed or session.browser is None or turn.exchange.stream is not None:
+        if allowed and session.browser and self._held_by_browser.get(session.browser, 0) - bool(own) >= allowed:
+            return SLOWED_BROWSER
+        if self._limits_addresses and self._is_address_full(exchange, own.exchange if own else None):
+            with self.lock:
+                self._warn_of_limit(exchange)
+            return SLOWED_ADDRESS
+        return ""
+
+    def _is_address_full(self, exchange: Exchange, leaving: Exchange | None = None) -> bool:
+        """Whether the address keeps as many connections open as it may, without the one that leaves."""
+        group = self.addresses.group(exchange.address)
+        kept_open = self.kept_open.get(group, 0)
+        if kept_open < self.options.client_max_connections or not group:
             return False
+        is_less = leaving is not None and self.addresses.group(leaving.address) == group
+        return kept_open - is_less >= self.options.client_max_connections
+
+    def _warn_of_limit(self, exchange: Exchange) -> None:
+        """Tell who runs the server, once a minute for each address; it may be a proxy."""
+        assert self.lock.locked()
+        group, address = self.addresses.group(exchange.address), exchange.address
+        if not self._warned.count(group):
+            self._warned.note(group)
+            self.log_later(logging.WARNING, "%s keeps as many connections open as client_max_connections "
+                           "allows (%d); its other clients are told to poll%s", address, self.options.client_max_connections,
+                           f"; if it is a proxy, as its X-Forwarded-For says, name it (--trusted-proxy {address})"
+                           if exchange.is_forwarded else "")
+
+    def _count_hold(self, hold: Hold, change: int) -> None:
+        assert self.lock.locked()
+        if hold.exchange.stream is None:
+            if self._limits_addresses:
+                count_by(self.kept_open, self.addresses.group(hold.exchange.address), change)
+            if self.options.max_sessions_per_browser:
+                count_by(self._held_by_browser, hold.session.browser, change)
+
+    def count_stream(self, stream: Stream) -> bool:
+        """Count a connection that becomes a stream.  False: its address keeps as many open as it may."""
+        if self._limits_addresses:
+            with self.lock:
+                is_full = self._is_address_full(stream)
+                if is_full:
+                    self._warn_of_limit(stream)
+                else:
+                    stream.is_counted = True
+                    count_by(self.kept_open, self.addresses.group(stream.address), 1)
+            if is_full:
+                self.wake()
+                return False
+        return True
+
+    def forget_stream(self, stream: Stream) -> None:
+        """The connection is closed."""
+        self.detach(stream)
         with self.lock:
-            return allowed <= sum(other.browser == session.browser and other.hold is not None
-                                  for other in self.sessions.values() if other is not session)
+            if stream.is_counted:
+                stream.is_counted = False
+                count_by(self.kept_open, self.addresses.group(stream.address), -1)
 
     # -- Disconnect, ping ------------------------------------------------------------------
 
@@ -1992,7 +2201,8 @@ class Bayeux:
         if session.ended:
             return
         session.ended = reason
-        self.sessions.pop(session.id, None)
+        if self.sessions.pop(session.id, None) is not None:
+            count_by(self._sessions_of, self.addresses.group(session.address) if self._limits_addresses else "", -1)
         for pattern in session.patterns:
             self.registry.discard(pattern, session)
         self._count_subscriptions(session, session.patterns, -1)
@@ -2055,6 +2265,7 @@ class Bayeux:
     def _take_hold(self, hold: Hold, fields: dict | None = None) -> Answer:
         session = hold.session
         session.hold = hold.exchange.hold = None
+        self._count_hold(hold, -1)
         session.lease = self.clock() + self.options.connect_timeout
         reply = with_fields(hold.reply, fields) if fields else hold.reply
         number = None
@@ -3926,7 +4137,7 @@ class HttpExchange(Exchange):
     """A POST or a JSONP GET, and how its answer is dressed."""
 
     __slots__ = ("_callback", "_connection", "_cookie", "_headers", "_http", "_is_last", "_is_secure", "_new_browser",
-                 "_version", "address", "is_counted", "is_large", "may_hold", "transport")
+                 "_version", "address", "is_forwarded", "is_large", "may_hold", "transport")
 
     def __init__(self, http_transport: HttpTransport, connection: Connection, request: Request,
                  callback: str | None) -> None:
@@ -3936,7 +4147,7 @@ class HttpExchange(Exchange):
         self._cookie = request.headers.get("cookie")
         self.may_hold = connection.input in (b"", b"\r\n")      # else another request waits behind it
         self.is_large = len(request.body or request.query) > http_transport.options.max_message_size
-        self.is_counted = True                  # among the open requests of its address
+        self.is_forwarded = "x-forwarded-for" in request.headers and connection.group != ""
         self._http = http_transport
         self._connection = connection
         self._is_last = not request.wants_keep_alive
@@ -3974,19 +4185,18 @@ class HttpExchange(Exchange):
         return batch_answer(200, answer.batch(), headers, self._callback, self.comment_filtered)
 
     def send(self, answer: Answer) -> bool | None:
-        self._http.end_request(self)
         return self._connection.write(answer.packet, None, self._is_last, self._http.core.settle_later, answer)
 
 
 class HttpStream(Stream):
     """A connection that HTTP has been left behind on: what WebSocket and event stream have in common."""
 
-    __slots__ = ("_connection", "_http", "address", "browser", "is_counted")
+    __slots__ = ("_connection", "_http", "address", "browser", "is_forwarded")
 
     def __init__(self, http_transport: HttpTransport, connection: Connection, request: Request) -> None:
         super().__init__()
         self.address = request.address
-        self.is_counted = True
+        self.is_forwarded = "x-forwarded-for" in request.headers and connection.group != ""
         self._http = http_transport
         self._connection = connection
         self.browser = browser_of(request.headers.get("cookie"))
@@ -4002,8 +4212,7 @@ class HttpStream(Stream):
         return 0
 
     def lost(self, connection: Connection) -> None:
-        self._http.core.detach(self)
-        self._http.end_request(self)
+        self._http.core.forget_stream(self)
 
     def send(self, answer: Answer) -> bool | None:
         is_written = self._connection.push(answer.packet, False, self._http.core.settle_later, answer)
@@ -4246,7 +4455,6 @@ class HttpTransport:
         self.is_stopping = False
         self._watch = watch
         self.logger = logger
-        self._open_requests: collections.Counter[str] = collections.Counter()      # by address
         self._handlers = sorted(options.content_handlers.items(), key=lambda item: -len(item[0]))
 
     # -- What connections tell -------------------------------------------------------------
@@ -4300,7 +4508,6 @@ class HttpTransport:
         exchange = connection.exchange
         if isinstance(exchange, HttpExchange):
             self.core.hang_up(exchange)
-            self.end_request(exchange)
 
     def close_streams(self) -> None:
         """The server stops: say so where the protocol has a word for it."""
@@ -4487,12 +4694,9 @@ class HttpTransport:
 
     def _receive_messages(self, connection: Connection, request: Request, callback: str | None,
                           messages: list) -> None:
-        exchange = HttpExchange(self, connection, request, callback)
-        self._begin_request(exchange, messages)
-        connection.exchange = exchange
+        self._require_service(messages)
+        connection.exchange = exchange = HttpExchange(self, connection, request, callback)
         self.core.receive(messages, exchange)
-        if exchange.is_counted and exchange.hold is None:
-            self.end_request(exchange)      # handled, though its reply may leave a little later
         exchange.forget_cookie()
 
     @staticmethod
@@ -4513,14 +4717,16 @@ class HttpTransport:
         if not WEBSOCKET_KEY.fullmatch(key):
             raise HTTPFault(400, "Sec-WebSocket-Key must be 16 bytes in base64")
         stream = WebSocket(self, connection, request)
-        self._begin_request(stream)
+        self._count_stream(stream)
         cookie = ""
         if stream.browser is None:              # later there is no way to name it: frames carry no cookies
             stream.browser = secrets.token_hex(16)
             cookie = browser_cookie(stream.browser, request.is_secure)
         connection.protocol, connection.idle_time = stream, self.options.ping_interval or math.inf
-        connection.write((f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        is_written = connection.write((f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
                           f"{cookie}Sec-WebSocket-Accept: {websocket_accept(key)}\r\n\r\n").encode("latin-1"))
+        if is_written is False:
+            self.core.forget_stream(stream)     # closed before it was a stream: nobody else would
 
     def _open_event_stream(self, connection: Connection, request: Request) -> None:
         """Faye's way: the last segment of the path is the clientId.
@@ -4534,34 +4740,27 @@ class HttpTransport:
             session = self.core.session_for(client_id, stream)
         if session is None:
             raise HTTPFault(404, self.core.unknown_client(client_id), [{}])
-        self._begin_request(stream)
+        self._count_stream(stream)
         connection.idle_time = self.options.ping_interval or math.inf
         connection.protocol = stream
         head = ("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-store\r\n"
                 f"{request.cors}Connection: close\r\n\r\n:\r\n\r\n")      # and a comment, so that something comes
-        connection.write(head.encode("latin-1"))
+        if connection.write(head.encode("latin-1")) is False:
+            return self.core.forget_stream(stream)
         if not self.core.attach(client_id, stream):     # it has ended in this moment
             connection.push(b"", is_last=True)
 
-    def _begin_request(self, exchange: HttpExchange | HttpStream, messages: Iterable = (None,)) -> None:
-        limit = self.options.client_max_connections
+    def _require_service(self, messages: Iterable = (None,)) -> None:
         if self.is_stopping:
             raise HTTPFault(503, "The server is stopping", messages, Retry_After=str(BUSY_RETRY))
-        if limit:
-            with self.core.lock:
-                if self._open_requests[exchange.address] >= limit:
-                    raise HTTPFault(503, f"More than {limit} requests at once from {exchange.address}", messages,
-                                    Retry_After=str(BUSY_RETRY))
-                self._open_requests[exchange.address] += 1
 
-    def end_request(self, exchange: HttpExchange | HttpStream) -> None:
-        if self.options.client_max_connections:
-            with self.core.lock:
-                if exchange.is_counted:
-                    exchange.is_counted = False
-                    self._open_requests[exchange.address] -= 1
-                    if not self._open_requests[exchange.address]:
-                        del self._open_requests[exchange.address]
+    def _count_stream(self, stream: HttpStream) -> None:
+        """A client whose stream is refused falls back to long-polling, and there it is told to poll."""
+        self._require_service()
+        if not self.core.count_stream(stream):
+            limit = self.options.client_max_connections
+            raise HTTPFault(503, f"No more than {limit} connections may be kept open by {stream.address}",
+                            Retry_After=str(BUSY_RETRY))
 
     # -- Cross-origin rules ----------------------------------------------------------------
     #
@@ -5104,12 +5303,16 @@ class Options:
     grace: float = option(5.0, seconds(), "how long stopping may take")
 
     # Limits
-    client_max_connections: int = option(10, whole(0), "Bayeux requests open at once from one address; 0: no limit")
+    client_max_connections: int = option(
+        10, whole(0), "connections that one address keeps open: held connects, WebSockets, event streams; further "
+        "clients of it are told to poll; 0: this, and no other limit by address either")
     max_sessions: int = option(20_000, whole(1), "sessions at once")
     max_sessions_per_browser: int = option(
-        0, whole(0), "held connects of one browser, by its cookie; further sessions are told to poll; 0: no limit")
+        4, whole(0), "held connects of one browser, by its cookie; further sessions are told to poll; 0: no limit")
     max_subscriptions: int = option(1000, whole(1), "subscriptions of one session")
     max_queue: int = option(10_000, whole(1), "events that may wait for one session; one more ends it")
+    max_rate: int = option(
+        0, whole(0), "messages a second of one session, five times as many at once; connects are free; 0: no limit")
     max_batch: int = option(1000, whole(1), "messages of one request or WebSocket frame")
     max_sessions_per_connection: int = option(100, whole(1), "sessions that connect over one WebSocket")
     max_memory: int = option(512 * 1024 * 1024, whole(1024 * 1024), "bytes that may wait in all, events and requests; "
@@ -5598,13 +5801,13 @@ def read_flag(kind: Kind, text: str) -> Any:
 def start_text(server: BayeuxServer, is_bare: bool) -> str:
     """What a newcomer wants to know: where to look, what is served, who may do what."""
     options = server.options
-    at_once = options.client_max_connections or "any number of"
+    kept_open = options.client_max_connections or "any number of"
     lines = [f"bayeux_server {__version__}: open {server.root_url}/ in two windows",
              f"  Bayeux     {server.url}  ({', '.join(CONNECTION_TYPES)})",
              f"  files      {os.path.abspath(options.docroot) if options.docroot else 'none'}",
              f"  publishing {'anybody' if options.anon_publish else 'clients after their handshake'}",
              f"  origins    {', '.join(['own pages', *options.allowed_origins])}",
-             f"  limits     {at_once} requests at once from one address, {options.max_sessions} sessions,",
+             f"  limits     {kept_open} connections kept open by one address, {options.max_sessions} sessions,",
              f"             {options.max_queue} waiting events a session, {options.max_message_size} bytes a message"]
     if not is_bare:
         lines.append("  demo       /service/echo, /service/members, /service/magnets, a bot on /chat/demo (not with --bare)")

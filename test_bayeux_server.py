@@ -26,6 +26,7 @@ import pathlib
 import random
 import re
 import runpy
+import select
 import shutil
 import signal
 import socket
@@ -100,6 +101,7 @@ class CorePeer:
     def __init__(self, **options):
         self.clock = Clock()
         self.told = []              # what the listener heard
+        options = {"client_max_connections": 0, "max_sessions_per_browser": 0, **options}   # all come from one address
         self.core = bayeux_server.Bayeux(bayeux_server.Options(**options), clock=self.clock)
         self.core.add_listener(lambda event, details: self.told.append((event, details)))
 
@@ -254,6 +256,9 @@ class Wire:
         headers.setdefault("Content_Type", "application/json")
         self.send_request("POST", self.path, json.dumps(messages).encode("utf-8"), **headers)
 
+    def is_readable(self):
+        return bool(self.buffer or select.select([self.socket], [], [], 0)[0])
+
     def is_closed_by_server(self):
         return self.read_answer() is None
 
@@ -399,6 +404,7 @@ WRONG_VALUES = [
     ("max_message_size", 0, "whole number, 1 or more"), ("max_request_size", 0, "whole number, 1 or more"),
     ("max_batch", 0, "whole number, 1 or more"), ("max_sessions_per_connection", 0, "whole number, 1 or more"),
     ("max_memory", 1000, "whole number, 1048576 or more"),
+    ("max_rate", -1, "whole number, 0 or more"), ("max_rate", 0.5, "whole number, 0 or more"),
     ("max_frame_events", 0, "whole number, 1 or more"), ("max_threads", 1, "whole number, 2 or more"),
     ("ack", 1, "True or False"), ("lazy_channels", "/a", "a list of channels"),
     ("lazy_channels", ["/a/*/b"], "a list of channels"),
@@ -516,6 +522,9 @@ class TestOptions:
 ERROR_GRAMMAR = re.compile(r"([1-9][0-9]{2}):([A-Za-z0-9 \-_!~()$@/*.]*):([A-Za-z0-9 \-_!~()$@/*.]+)")
 NOT_JSON_OBJECTS = [None, True, False, 0, -1.5, "", "text", [], [{}], ["/a", 1]]
 ADVICE_HANDSHAKE = {"reconnect": "handshake", "interval": 0}
+ADVICE_USUAL = {"reconnect": "retry", "interval": 0, "timeout": 30_000}
+ADVICE_POLL = {**ADVICE_USUAL, "interval": 2000}
+ADVICE_TOO_FAST = {**ADVICE_USUAL, "interval": 1000}
 
 
 def error_code(reply):
@@ -729,6 +738,53 @@ class TestAddressesCounted:
     def test_an_untrusted_peer_speaks_for_itself(self):
         assert bayeux_server.Addresses(["10.0.0.0/8"]).client("9.9.9.9", "8.8.8.8") == "9.9.9.9"
         assert bayeux_server.Addresses().client("9.9.9.9", "8.8.8.8") == "9.9.9.9"
+
+
+class TestLastMinute:
+
+    def test_it_counts_what_happened_within_the_last_minute(self):
+        clock = Clock()
+        happened = bayeux_server.LastMinute(clock, 3)
+        assert happened.count("a") == 0
+        assert [happened.note("a"), happened.note("a")] == [1, 2]
+        clock.advance(59)
+        assert [happened.note("a"), happened.note("a"), happened.note("b")] == [3, 3, 1], "and no further than told"
+        clock.advance(1)
+        assert (happened.count("a"), happened.count("b")) == (2, 1)
+        clock.advance(59)
+        assert (happened.count("a"), happened.count("b")) == (0, 0)
+
+    def test_it_keeps_no_more_than_the_latest_addresses(self):
+        clock = Clock()
+        happened = bayeux_server.LastMinute(clock, 3)
+        for number in range(bayeux_server.REMEMBERED_ADDRESSES + 5):
+            happened.note(str(number))
+        assert len(happened._times) == bayeux_server.REMEMBERED_ADDRESSES and happened.count("4") == 0
+        clock.advance(61)
+        happened.note("new")
+        assert set(happened._times) == {"new"}
+
+
+class TestRates:
+
+    def test_five_seconds_worth_may_come_at_once_and_then_so_many_a_second(self):
+        clock = Clock()
+        rates = bayeux_server.Rates(2, clock)
+        assert [rates.admit("a") for _ in range(12)] == [True] * 10 + [False] * 2
+        assert rates.admit("b")
+        clock.advance(1)
+        assert [rates.admit("a") for _ in range(4)] == [True, True, False, False]
+        clock.advance(100)
+        assert [rates.admit("a") for _ in range(11)] == [True] * 10 + [False]
+
+    def test_who_is_quiet_is_forgotten(self):
+        clock = Clock()
+        rates = bayeux_server.Rates(2, clock)
+        for number in range(100):
+            rates.admit(number)
+        clock.advance(bayeux_server.BURST)
+        rates.admit("a")
+        assert set(rates._buckets) == {"a"}
 
 
 # ======================================================================================
@@ -1153,10 +1209,9 @@ class TestSessions:
 
     @pytest.mark.parametrize("message", [{"channel": "/a", "data": 1}, {"channel": "/a"}, {"channel": "/meta/ping"},
                                          {"channel": "/meta/subscribe", "subscription": "/a"},
-                                         {"channel": "/meta/nope"},
                                          {"channel": "/service/none"}])
-    def test_any_message_renews_the_lease(self, message):
-        """C5: a refused one too."""
+    def test_any_admitted_message_renews_the_lease(self, message):
+        """C5: whatever its handler makes of it."""
         core = CorePeer(connect_timeout=100)
         client_id = core.handshake()
         for _ in range(3):
@@ -1164,6 +1219,20 @@ class TestSessions:
             core.ask({**message, "clientId": client_id})
         core.pass_time(99)
         assert client_id in core.core.sessions
+        core.pass_time(2)
+        assert client_id not in core.core.sessions
+
+    @pytest.mark.parametrize("message", [
+        {"channel": "/denied", "data": 1}, {"channel": "/meta/nope"}, {"channel": 7}, {"channel": "/a*"},
+        {"channel": "/allowed", "data": 1, "id": []}])
+    def test_a_message_that_is_not_admitted_does_not_renew_it(self, message):
+        """C5: nor does it count as activity."""
+        core = CorePeer(connect_timeout=100, message_acl=lambda session, message: message["channel"] != "/denied" or "No")
+        client_id = core.handshake()
+        active = core.core.sessions[client_id].active
+        core.pass_time(99)
+        assert core.ask({**message, "clientId": client_id})[0]["successful"] is False
+        assert core.core.sessions[client_id].active == active
         core.pass_time(2)
         assert client_id not in core.core.sessions
 
@@ -1348,6 +1417,28 @@ class TestSessions:
         assert set(core.core.sessions) == {second, third}
         core.pass_time(101)
         assert core.handshake()
+
+    def test_no_address_has_more_than_half_of_max_sessions(self):
+        core = CorePeer(client_max_connections=10, max_sessions=4)
+        ids = [core.handshake(), core.handshake()]
+        handshake = {"channel": "/meta/handshake", "version": "1.0"}
+        reply, = core.ask(handshake)
+        assert reply["error"] == "429::Too many sessions from 10.0.0.1"
+        assert reply["advice"] == {"reconnect": "handshake", "interval": 5000}
+        assert core.ask(handshake, address="10.0.0.2")[0]["successful"]
+        core.ask({"channel": "/meta/disconnect", "clientId": ids[0]})
+        assert core.ask(handshake)[0]["successful"]
+        assert core.ask(handshake, address="10.0.0.3")[0]["successful"]
+        assert core.ask(handshake, address="10.0.0.4")[0]["error"] == "429::Too many sessions"
+        for client_id in list(core.core.sessions):
+            core.core.disconnect(client_id, "test")
+        assert core.core._sessions_of == {}
+
+    @pytest.mark.parametrize("options", [{"client_max_connections": 0}, {"trusted_proxies": ["10.0.0.0/8"]}])
+    def test_half_of_max_sessions_is_no_limit_where_addresses_have_none(self, options):
+        core = CorePeer(**{"client_max_connections": 10, "max_sessions": 4, **options})
+        for _ in range(4):
+            core.handshake()
 
     def test_max_subscriptions_counts_a_pattern_once(self):
         """Issue 5: and one list that goes beyond it is refused as a whole."""
@@ -1881,6 +1972,224 @@ class TestConnect:
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0"})
         connect, = core.ask(core.connect_message(reply["clientId"]))
         assert reply["advice"]["interval"] == connect["advice"]["interval"] == 0
+
+
+class TestCrowding:
+    """client_max_connections counts what is kept open; over it a client is told to poll, and nothing is refused."""
+
+    @pytest.fixture
+    def core(self):
+        return CorePeer(client_max_connections=2)
+
+    def test_over_the_limit_a_connect_is_answered_at_once_with_its_events(self, core):
+        ids = [core.handshake() for _ in range(3)]
+        core.subscribe(ids[2], "/a")
+        core.hold(ids[0]), core.hold(ids[1])
+        core.publish(ids[2], "/a", "event")
+        reply, event = core.ask(core.connect_message(ids[2], id="9"))
+        assert reply == {"channel": "/meta/connect", "successful": True, "id": "9", "advice": ADVICE_POLL}
+        assert event["data"] == "event"
+        for channel in ("/meta/ping", "/meta/subscribe", "/b", "/meta/disconnect"):
+            assert core.ask({"channel": channel, "clientId": ids[2], "data": 1, "subscription": "/b"})[0]["successful"]
+
+    def test_when_there_is_room_again_the_advice_is_taken_back_once(self, core):
+        ids = [core.handshake() for _ in range(3)]
+        core.hold(ids[0]), core.hold(ids[1])
+        for _ in range(2):
+            assert core.ask(core.connect_message(ids[2]))[0]["advice"] == ADVICE_POLL
+        core.ask({"channel": "/meta/disconnect", "clientId": ids[0]})
+        held = core.hold(ids[2])
+        core.pass_time(30)
+        assert held.answer[0]["advice"] == ADVICE_USUAL
+        held = core.hold(ids[2])
+        core.pass_time(30)
+        assert "advice" not in held.answer[0]
+
+    def test_a_newer_connect_takes_the_place_of_its_session_s_own(self, core):
+        ids = [core.handshake() for _ in range(2)]
+        core.hold(ids[0]), core.hold(ids[1])
+        for client_id in ids * 2:
+            core.hold(client_id)
+        assert core.core.kept_open == {"10.0.0.1": 2}
+
+    def test_but_not_if_that_came_from_another_address(self, core):
+        ids = [core.handshake() for _ in range(3)]
+        core.hold(ids[0]), core.hold(ids[1])
+        assert core.send(core.connect_message(ids[2]), address="10.0.0.2").answer is None
+        assert core.ask(core.connect_message(ids[2]))[0]["advice"] == ADVICE_POLL
+
+    def test_each_address_has_its_own(self, core):
+        for address in ("192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8:0:1::1"):
+            for _ in range(2):
+                assert core.send(core.connect_message(core.handshake()), address=address).answer is None
+        for address in ("192.0.2.1", "2001:db8::2", "2001:db8:0:1:2:3:4:5"):
+            assert core.ask(core.connect_message(core.handshake()), address=address)[0]["advice"] == ADVICE_POLL
+
+    def test_what_has_been_counted_is_forgotten(self, core):
+        """However a held connect ends."""
+        ids = [core.handshake() for _ in range(2)]
+        core.hold(ids[0]), core.hold(ids[1])
+        core.pass_time(30)
+        assert core.core.kept_open == {}
+        exchange = core.hold(ids[0])
+        core.core.hang_up(exchange)
+        core.core.answer_now(core.hold(ids[0]))
+        assert core.core.kept_open == {}
+        core.hold(ids[0])
+        core.core.stop()
+        assert core.core.kept_open == {} and core.core._held_by_browser == {}
+
+    def test_a_connect_on_a_stream_is_no_connection_more(self, core):
+        for _ in range(2):
+            core.hold(core.handshake())
+        exchange = FakeExchange(core.core, transport="websocket")
+        exchange.stream = FakeStream()
+        core.core.receive([core.connect_message(core.handshake(), connectionType="websocket")], exchange)
+        assert exchange.answer is None and core.core.kept_open == {"10.0.0.1": 2}
+
+    def test_a_browser_s_limit_goes_before_the_address_s(self):
+        """And what is said of multiple clients is taken back by name."""
+        core = CorePeer(client_max_connections=2, max_sessions_per_browser=1)
+        ids = [core.handshake() for _ in range(2)]
+        core.hold(ids[0])
+        assert core.ask(core.connect_message(ids[1]))[0]["advice"] == {**ADVICE_POLL, "multiple-clients": True}
+        core.ask({"channel": "/meta/disconnect", "clientId": ids[0]})
+        others = [core.handshake(), core.handshake()]
+        for number, client_id in enumerate(others):
+            core.core.sessions[client_id].browser = str(number)
+            core.hold(client_id)
+        assert core.ask(core.connect_message(ids[1]))[0]["advice"] == {**ADVICE_POLL, "multiple-clients": False}
+        core.ask({"channel": "/meta/disconnect", "clientId": others[0]})
+        held = core.hold(ids[1])
+        core.core.stop()
+        core.work()
+        assert "multiple-clients" not in held.answer[0]["advice"]
+
+    def test_of_many_sessions_a_browser_s_are_not_searched_for(self):
+        """Ten thousand held connects would be gone through with each connect, under the lock."""
+        core = CorePeer(max_sessions_per_browser=1)
+        first, second = core.handshake(), core.handshake()
+        core.hold(first)
+        core.core.sessions = TestPublishingCosts.Crowd(core.core.sessions)
+        assert core.ask(core.connect_message(second))[0]["advice"]["multiple-clients"] is True
+
+    def test_a_pause_does_not_end_the_session(self):
+        core = CorePeer(client_max_connections=1, connect_timeout=3)
+        ids = [core.handshake(), core.handshake()]
+        core.hold(ids[0])
+        assert core.ask(core.connect_message(ids[1]))[0]["advice"]["interval"] == 1500
+
+    def test_a_warning_names_address_limit_and_option_once_a_minute(self, core, caplog):
+        ids = [core.handshake() for _ in range(3)]
+        for address in ("192.0.2.1", "192.0.2.2"):
+            for client_id in ids[:2]:
+                core.send(core.connect_message(client_id), address=address)
+            caplog.clear()
+            for _ in range(3):
+                core.ask(core.connect_message(ids[2]), address=address)
+            line, = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+            assert all(fact in line for fact in (address, "(2)", "client_max_connections"))
+            assert "trusted" not in line
+        caplog.clear()
+        core.pass_time(61)
+        for client_id in ids:
+            core.send(core.connect_message(client_id), address="192.0.2.2")
+        assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+
+    def test_a_warning_says_what_to_do_about_a_proxy(self, core, caplog):
+        ids = [core.handshake() for _ in range(3)]
+        core.hold(ids[0]), core.hold(ids[1])
+        exchange = FakeExchange(core.core)
+        exchange.is_forwarded = True
+        core.core.receive([core.connect_message(ids[2])], exchange)
+        assert "--trusted-proxy 10.0.0.1" in caplog.text
+
+
+class TestMaxRate:
+
+    def test_who_sends_more_is_refused_and_the_next_connect_takes_the_advice_back(self):
+        core = CorePeer(max_rate=2)
+        client_id, other = core.handshake(), core.handshake()
+        event = {"channel": "/a", "data": 1, "clientId": client_id}
+        for message in [event] * 7 + [{**event, "channel": "/meta/ping"}, {**event, "channel": "/service/none"},
+                                      {**event, "channel": "/meta/subscribe", "subscription": "/a"}]:
+            assert not core.ask(message)[0].get("error", "").startswith("429")
+        reply, = core.ask({**event, "id": "1"})
+        assert reply == {"channel": "/a", "id": "1", "successful": False, "error": "429::Too many messages",
+                         "advice": ADVICE_TOO_FAST}
+        held = core.hold(client_id)
+        core.publish(other, "/a")
+        core.work()
+        assert held.answer[0]["advice"] == ADVICE_USUAL and len(held.answer) == 2
+        held = core.hold(client_id)
+        core.pass_time(30)
+        assert "advice" not in held.answer[0]
+
+    def test_connects_and_disconnects_are_neither_counted_nor_refused(self):
+        core = CorePeer(max_rate=1)
+        client_id = core.handshake()
+        for _ in range(20):
+            core.events(client_id)
+        for expected in [True] * 5 + [False]:
+            assert core.ask({"channel": "/a", "data": 1, "clientId": client_id})[0]["successful"] is expected
+        core.events(client_id)
+        assert core.ask({"channel": "/meta/disconnect", "clientId": client_id})[0]["successful"]
+
+    def test_a_refused_message_neither_renews_the_lease_nor_asks_the_application(self):
+        asked = []
+        core = CorePeer(max_rate=1, connect_timeout=100, message_acl=lambda session, message: asked.append(message))
+        client_id = core.handshake()
+        event = {"channel": "/a", "data": 1, "clientId": client_id}
+        for _ in range(5):
+            core.ask(event)
+        asked.clear()
+        core.clock.advance(0.5)
+        lease = core.core.sessions[client_id].lease
+        assert error_code(core.ask(event)[0]) == 429
+        assert asked == [] and core.core.sessions[client_id].lease == lease
+
+    def test_messages_without_a_session_are_counted_by_address(self):
+        core = CorePeer(max_rate=1, anon_publish=True, client_max_connections=10, trusted_proxies=["10.0.0.9"])
+        event = {"channel": "/a", "data": 1}
+        for address in ("192.0.2.1", "2001:db8::1"):
+            for expected in [True] * 5 + [False]:
+                assert core.ask(event, address=address)[0]["successful"] is expected
+        assert error_code(core.ask(event, address="2001:db8::2")[0]) == 429
+        for _ in range(20):
+            assert core.ask(event, address="10.0.0.9")[0]["successful"]
+
+    def test_by_default_there_is_none(self, core):
+        client_id = core.handshake()
+        for _ in range(200):
+            core.publish(client_id, "/a")
+
+
+class TestUnknownClients:
+    """Behind a proxy without stickiness no session lasts: four clients once made 450 requests in 4 s."""
+
+    @staticmethod
+    def intervals(core, count, **exchange):
+        message = core.connect_message("unknown")
+        return [core.ask(message, **exchange)[0]["advice"]["interval"] for _ in range(count)]
+
+    def test_the_more_there_were_from_an_address_the_longer_they_pause(self):
+        core = CorePeer(client_max_connections=10)
+        assert self.intervals(core, 33) == [0] * 30 + [100, 200, 300]
+        assert self.intervals(core, 1, address="10.0.0.2") == [0]
+        assert self.intervals(core, 100)[-1] == 5000
+        core.pass_time(61)
+        assert self.intervals(core, 1) == [0]
+
+    def test_only_connects_count(self):
+        core = CorePeer(client_max_connections=10)
+        for _ in range(50):
+            reply, = core.ask({"channel": "/a", "data": 1, "clientId": "unknown"})
+            assert reply["advice"] == ADVICE_HANDSHAKE
+        assert self.intervals(core, 1) == [0]
+
+    @pytest.mark.parametrize("options", [{}, {"client_max_connections": 10, "trusted_proxies": ["10.0.0.0/8"]}])
+    def test_where_addresses_have_no_limits_nobody_pauses(self, options):
+        assert set(self.intervals(CorePeer(**options), 50)) == {0}
 
 
 class TestSubscribe:
@@ -5741,17 +6050,19 @@ class TestCookies:
             second.send_post(CorePeer.connect_message(second_id), **headers)
             wait_until(lambda: is_held(server, second_id), "the hold once there is room")
 
-    def test_many_sessions_of_a_browser_are_no_matter_by_default(self, server):
-        """T7"""
+    def test_four_sessions_of_a_browser_are_held_by_default(self, server):
+        """T7: a browser opens six connections to a host, and what they hold is no use for anything else."""
         with Wire(server) as wire:
             _, cookie = self.handshake(wire)
             headers = {"Cookie": cookie.partition(";")[0]}
-            wires = [Wire(server) for _ in range(3)]
+            wires = [Wire(server) for _ in range(5)]
             for each in wires:
                 client_id, _ = self.handshake(each, **headers)
                 each.post(CorePeer.connect_message(client_id), **headers)
                 each.send_post(CorePeer.connect_message(client_id), **headers)
-                wait_until(lambda client_id=client_id: is_held(server, client_id))
+                if each is not wires[-1]:
+                    wait_until(lambda client_id=client_id: is_held(server, client_id))
+            assert wires[-1].read_answer().batch[0]["advice"]["multiple-clients"] is True
             for each in wires:
                 each.close()
 
@@ -5774,78 +6085,111 @@ class TestCookies:
 
 class TestAddresses:
 
-    def is_admitted(self, server, **headers):
+    def is_held_at_last(self, server, **headers):
+        """Whether a connect of a new session is held; it hangs up then."""
         with Wire(server) as wire:
-            answer = wire.request("POST", "/cometd", json.dumps([PING]).encode(), **headers)
-            assert answer.status in (200, 503)
-            return answer.status == 200
+            client_id = wire.post(HANDSHAKE, **headers)[0]["clientId"]
+            wire.post(CorePeer.connect_message(client_id), **headers)
+            wire.send_post(CorePeer.connect_message(client_id, id="last"), **headers)
+            wait_until(lambda: wire.is_readable() or is_held(server, client_id))
+            if is_held(server, client_id):
+                wire.close()
+                wait_until(lambda: not is_held(server, client_id))
+                return True
+            assert wire.read_answer().batch[0]["advice"] == ADVICE_POLL
+            return False
 
-    def test_exactly_client_max_connections_are_admitted(self, serve):
-        """The original let one too many in.  T5: 503, Retry-After, a Bayeux array."""
+    def test_exactly_client_max_connections_are_held(self, serve):
+        """The original let one too many in."""
         server = serve(client_max_connections=3)
         peers = [Peer(server) for _ in range(3)]
         for peer in peers[:2]:
             hold_connect(server, peer)
-        assert self.is_admitted(server), "a third"
+        assert self.is_held_at_last(server), "a third"
         hold_connect(server, peers[2])
-        with Wire(server) as wire:
-            answer = wire.request("POST", "/cometd", json.dumps([PING]).encode())
-            assert answer.status == 503
-            assert int(answer.headers["retry-after"]) > 0
-            assert is_bayeux_failure(answer)
-            assert wire.request("GET", jsonp_target(PING), **OWN_PAGE).status == 503
-            assert wire.request("GET", "/").status == 404, "files are not counted"
+        assert not self.is_held_at_last(server)
         for peer in peers:
             peer.close()
 
-    def test_each_message_of_a_request_that_is_turned_away_gets_its_reply(self, serve):
-        """G1, T5: a reply without id is nobody's, and Faye would wait for its own."""
+    def test_what_is_answered_at_once_is_never_refused(self, serve):
+        """Of an office of thirty twenty were dead once, as the eleventh request of an address was refused."""
+        server = serve(client_max_connections=1)
+        with Peer(server) as peer, Peer(server) as other, Wire(server) as wire:
+            hold_connect(server, peer)
+            peer.publish("/a", 1)
+            other.subscribe("/a")
+            other.publish("/a", 1)
+            assert wire.request("GET", jsonp_target(PING)).status == 200
+            assert wire.request("GET", "/").status == 404
+            assert events_of(other.connect()) == [1]
+            assert other.ask("/meta/disconnect")["successful"]
+
+    def test_a_stream_too_many_is_refused_in_a_bayeux_array(self, serve, caplog):
+        """T5: 503, Retry-After; whereupon stock clients fall back to long-polling."""
         server = serve(client_max_connections=1)
         with Peer(server) as peer, Wire(server) as wire:
             hold_connect(server, peer)
-            first, second = wire.post({"channel": "/meta/handshake", "id": "7"}, {"channel": "/a", "id": 8})
-            assert (first["channel"], first["id"], first["successful"]) == ("/meta/handshake", "7", False)
-            assert (second["channel"], second["id"], second["successful"]) == ("/a", 8, False)
-            assert first["error"].startswith("503:") and first["advice"] == {"reconnect": "retry"}
+            for headers in (upgrade_headers(), {"Accept": "text/event-stream"}):
+                answer = wire.request("GET", f"/cometd/{peer.id}", X_Forwarded_For="9.9.9.9", **headers)
+                assert answer.status == 503 and int(answer.headers["retry-after"]) > 0
+                assert is_bayeux_failure(answer)
+                assert answer.batch[0]["error"].startswith("503::")
+        wait_until(lambda: "--trusted-proxy 127.0.0.1" in caplog.text)
+
+    def test_a_stream_counts_until_its_connection_is_closed(self, serve):
+        server = serve(client_max_connections=1)
+        with Peer(server) as peer:
+            for open_stream in (lambda: SocketWire(server), lambda: EventWire(server, peer.id)):
+                stream = open_stream()
+                assert not self.is_held_at_last(server)
+                stream.close()
+                wait_until(lambda: not server.core.kept_open, "the return of the count")
+            assert self.is_held_at_last(server)
 
     def test_the_count_is_given_back_by_answers_and_by_hang_ups(self, serve):
         server = serve(client_max_connections=1)
         with Peer(server) as peer:
             for _ in range(10):
-                assert self.is_admitted(server)
+                assert self.is_held_at_last(server)
                 peer.connect(timeout=0)
                 peer.request("POST", "/cometd", b"no JSON")
             for hang_up in (socket.socket.close, reset):
                 with Peer(server) as other:
                     hold_connect(server, other)
-                    assert not self.is_admitted(server)
+                    assert not self.is_held_at_last(server)
                     hang_up(other.socket)
-                    wait_until(lambda: self.is_admitted(server), "the return of the count")
+                    wait_until(lambda: not server.core.kept_open, "the return of the count")
 
     def test_no_limit(self, serve):
         server = serve(client_max_connections=0)
         peers = [Peer(server) for _ in range(15)]
         for peer in peers:
             hold_connect(server, peer)
-        assert self.is_admitted(server)
+        assert self.is_held_at_last(server)
         for peer in peers:
             peer.close()
 
-    def test_a_forged_x_forwarded_for_is_not_believed(self, serve):
-        """The original did."""
+    def test_a_forged_x_forwarded_for_is_not_believed(self, serve, caplog):
+        """The original did.  But if all come from one address, it may be an honest proxy."""
         server = serve(client_max_connections=1)
         with Peer(server) as peer:
             hold_connect(server, peer)
-            assert not self.is_admitted(server, X_Forwarded_For="9.9.9.9")
+            assert not self.is_held_at_last(server, X_Forwarded_For="9.9.9.9")
+            wait_until(lambda: "127.0.0.1 keeps as many connections open" in caplog.text)
+            assert "--trusted-proxy 127.0.0.1" in caplog.text
 
-    def test_a_trusted_proxy_speaks_for_its_clients(self, serve):
+    def test_a_trusted_proxy_speaks_for_its_clients(self, serve, caplog):
         server = serve(client_max_connections=1, trusted_proxies=["127.0.0.0/8"])
-        with Peer(server) as peer:
+        with Peer(server) as peer, Peer(server) as second:
             peer.send_post(CorePeer.connect_message(peer.id), X_Forwarded_For="9.9.9.9")
             wait_until(lambda: is_held(server, peer.id))
-            assert not self.is_admitted(server, X_Forwarded_For="9.9.9.9")
-            assert not self.is_admitted(server, X_Forwarded_For="8.8.8.8, 9.9.9.9")
-            assert self.is_admitted(server, X_Forwarded_For="8.8.8.8")
+            assert not self.is_held_at_last(server, X_Forwarded_For="9.9.9.9:4711")
+            assert not self.is_held_at_last(server, X_Forwarded_For="8.8.8.8, 9.9.9.9")
+            assert self.is_held_at_last(server, X_Forwarded_For="8.8.8.8")
+            hold_connect(server, second)
+            assert self.is_held_at_last(server), "the proxy itself has no limit"
+            wait_until(lambda: "9.9.9.9 keeps as many connections open" in caplog.text)
+            assert "--trusted-proxy" not in caplog.text
 
     def test_a_wrapped_ipv4_address_is_one(self, serve):
         """A server that listens on :: sees IPv4 clients as ::ffff:192.0.2.1; they and their proxies are IPv4."""
@@ -6910,7 +7254,7 @@ class TestWebSocket:
             peer.send_frame(CLOSE_FRAME, b"\x03\xe8")
             assert peer.read_frame() == (CLOSE_FRAME, b"\x03\xe8")
 
-    def test_a_socket_counts_among_the_requests_of_its_address(self, serve):
+    def test_a_socket_counts_among_the_connections_that_its_address_keeps_open(self, serve):
         server = serve(client_max_connections=2)
         with SocketWire(server), SocketWire(server) as second, Wire(server) as third:
             assert third.request("GET", "/cometd", **upgrade_headers()).status == 503
@@ -8297,7 +8641,24 @@ class TestClosedConnections:
         with Wire(server) as other:             # when it is answered twice, the other has been looked at
             for _ in range(2):
                 assert other.request("OPTIONS", "/cometd").status == 204
-        assert connection.protocol is server.http and not server.http._open_requests
+        assert connection.protocol is server.http and not server.core.kept_open
+
+    def test_what_was_closed_while_it_became_a_stream_is_not_counted(self, serve):
+        """The leader may close a connection that a handler thread is about to upgrade."""
+        server = serve(client_max_connections=10)
+        with Peer(server) as peer:
+            for headers in (upgrade_headers(), {"Accept": "text/event-stream"}):
+                lines = "".join("{}: {}\r\n".format(name.replace("_", "-"), value) for name, value in headers.items())
+                request = bayeux_server.Request(*bayeux_server.parse_head(
+                    f"GET /cometd/{peer.id} HTTP/1.1\r\nHost: a\r\n{lines}".strip().encode()))
+                request.address = "127.0.0.1"
+                ours, theirs = socket.socketpair()
+                connection = bayeux_server.Connection(ours, "127.0.0.1", server.watch, server.http)
+                connection.exchange = request
+                connection.close()
+                server.http._receive_batch(connection, request)
+                theirs.close()
+        assert not server.core.kept_open
 
 
 class TestStaleConnects:
@@ -8985,7 +9346,7 @@ class TestCommandLine:
 
     def test_the_start_says_what_a_newcomer_wants_to_know(self, program):
         for fact in (f"open {program.root}/", f"{program.root}/cometd", "long-polling, callback-polling", str(HERE),
-                     "clients after their handshake", "own pages", "10 requests at once", "20000 sessions",
+                     "clients after their handshake", "own pages", "10 connections kept open by one address", "20000 sessions",
                      "10000 waiting events", "65536 bytes a message", "/service/echo, /service/members, /service/magnets",
                      "/chat/demo", "Ctrl-C"):
             assert fact in program.text
@@ -8995,7 +9356,7 @@ class TestCommandLine:
                      "--allowed-origin", "https://example.net", "--client-max-connections", "0", "--max-sessions", "77",
                      "--path", "/live", "--bare") as program:
             for fact in (str(tmp_path), "anybody", "own pages, https://example.org, https://example.net",
-                         "any number of requests at once", "77 sessions", "/live  ("):
+                         "any number of connections kept open", "77 sessions", "/live  ("):
                 assert fact in program.text
             assert "/service/echo" not in program.text
             assert program.stop() == 0
