@@ -1791,7 +1791,7 @@ class Bayeux:
             raise BayeuxError(400, CONNECT, f"connectionType must be {' or '.join(self.connection_types)}")
         if turn.connecting is not None:
             raise BayeuxError(409, CONNECT, "One connect a request")
-        self._require_place(session, turn.exchange.stream)
+        self._require_place_on(session, turn.exchange.stream)
         self._end_inactive(session)
         crowding = self._crowding(session, message, turn)
         advice = self._connect_advice(session, message, crowding)
@@ -1816,7 +1816,7 @@ class Bayeux:
         turn.connecting = session
         return [] if patience > 0 else self._finish(session, message, reply, number)
 
-    def _require_place(self, session: Session, stream: Stream | None) -> None:
+    def _require_place_on(self, session: Session, stream: Stream | None) -> None:
         """A stream carries only so many sessions; those on it go on.  The pause is for clients that retry at once."""
         limit = self.options.max_sessions_per_connection
         if stream is not None and session.stream is not stream and len(stream.sessions) >= limit:
