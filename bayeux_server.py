@@ -4145,7 +4145,7 @@ class HttpExchange(Exchange):
         self.transport = CALLBACK_POLLING if callback else LONG_POLLING
         self.address = request.address
         self._cookie = request.headers.get("cookie")
-        self.may_hold = connection.input in (b"", b"\r\n")      # else another request waits behind it
+        self.may_hold = not (connection.input and connection.input.strip(b"\r\n"))      # a request waits behind it
         self.is_large = len(request.body or request.query) > http_transport.options.max_message_size
         self.is_forwarded = "x-forwarded-for" in request.headers and connection.group != ""
         self._http = http_transport

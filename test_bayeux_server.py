@@ -6119,7 +6119,7 @@ class TestAddresses:
             peer.publish("/a", 1)
             other.subscribe("/a")
             other.publish("/a", 1)
-            assert wire.request("GET", jsonp_target(PING)).status == 200
+            assert wire.request("GET", jsonp_target(PING), **OWN_PAGE).status == 200
             assert wire.request("GET", "/").status == 404
             assert events_of(other.connect()) == [1]
             assert other.ask("/meta/disconnect")["successful"]
