@@ -3643,7 +3643,8 @@ class Watch:
     def _handle(self, connection: Connection, job: Callable[[], None]) -> None:
         try:
             with self._turns:
-                if not connection.is_gone():
+                # Of a body that is being sent, only writing tells: its client may have said all it has to say.
+                if connection.source is not None or not connection.is_gone():
                     job()
         except BaseException:
             self._logger.exception("a request from %s failed", connection.address)
