@@ -3626,7 +3626,7 @@ class Watch:
         """Have a handler thread do what may take its time, in turns; here, if this thread is one already.
 
         The connection is not looked at until it is done.  If there is no thread, or no room for the size bytes that
-        have to wait for it, refuse is called instead, by the leader, and if the client has hung up by then, nothing.
+        have to wait for it, refuse is called instead, by the leader.
         """
         if not self.is_led_here():
             return job()
@@ -3643,9 +3643,7 @@ class Watch:
     def _handle(self, connection: Connection, job: Callable[[], None]) -> None:
         try:
             with self._turns:
-                # Of a body that is being sent, only writing tells: its client may have said all it has to say.
-                if connection.source is not None or not connection.is_gone():
-                    job()
+                job()
         except BaseException:
             self._logger.exception("a request from %s failed", connection.address)
             connection.abort()
@@ -4346,7 +4344,8 @@ class WebSocket(HttpStream):
                    messages: Iterable = (None,)) -> None:
         """Have a handler thread take care of a batch of so many characters; the frames behind it wait."""
         def run() -> None:
-            job()
+            if not connection.is_gone():
+                job()
             self._renew(connection)
         connection.watch.hand_over(connection, run, partial(self._refuse, messages, no_thread_error()),
                                    self._http.core.addresses.group(self.address), size)
@@ -4612,7 +4611,8 @@ class HttpTransport:
             elif not self._is_bayeux(request):
                 self._hand_over(connection, request, partial(self._answer_plainly, connection, request))
             elif len(request.body) > SHORT_REQUEST or len(request.query) > SHORT_REQUEST:
-                self._hand_over(connection, request, partial(self._receive_batch, connection, request))
+                receive = partial(self._receive_batch, connection, request)
+                self._hand_over(connection, request, partial(self._unless_gone, connection, receive))
             else:
                 self._receive_batch(connection, request)
         except HTTPFault as fault:
@@ -4688,10 +4688,19 @@ class HttpTransport:
             callback, texts = None, post_messages(request)
         messages = decode_batch(texts, self.options.max_batch)
         if self.core.may_take_its_time(messages):
-            job = partial(self._receive_messages, connection, request, callback, messages)
-            self._hand_over(connection, request, job, messages)
+            receive = partial(self._receive_messages, connection, request, callback, messages)
+            self._hand_over(connection, request, partial(self._unless_gone, connection, receive), messages)
         else:
             self._receive_messages(connection, request, callback, messages)
+
+    @staticmethod
+    def _unless_gone(connection: Connection, receive: Callable[[], None]) -> None:
+        """Messages whose client has hung up before a thread was free are not handled.
+
+        Of plain HTTP only writing tells: some clients close their own direction when they have asked for a file.
+        """
+        if not connection.is_gone():
+            receive()
 
     def _receive_messages(self, connection: Connection, request: Request, callback: str | None,
                           messages: list) -> None:
