@@ -12,13 +12,17 @@ E extensions).  An error that the server logs and no test expects fails that tes
 from __future__ import annotations
 
 import ast
+import asyncio
 import base64
+import collections
 import concurrent.futures
 import dataclasses
 import email.utils
 import errno
+import gc
 import hashlib
 import http.client
+import itertools
 import json
 import logging
 import os
@@ -36,7 +40,9 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.parse
+import weakref
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
@@ -785,6 +791,173 @@ class TestRates:
         clock.advance(bayeux_server.BURST)
         rates.admit("a")
         assert set(rates._buckets) == {"a"}
+
+
+# ======================================================================================
+
+# What no "except Exception" catches, and what one should.
+FAULTS = (asyncio.CancelledError, SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError)
+
+
+def keeps_nothing(server):
+    """Whether no byte is counted any more, in all or for an address."""
+    return server.memory.used == 0 and not server.memory._by_address
+
+
+def counts_right(server):
+    """Whether each address is counted for just what its connections and subscriptions keep."""
+    kept = collections.Counter()
+    for connection in list(server.watch.connections):
+        kept[connection.group] += connection.kept
+    for session in server.sessions:
+        kept[bayeux_server.address_group(session.address)] += bayeux_server.subscriptions_size(session.patterns)
+    return +kept == server.memory._by_address
+
+
+class TestBudgetsAndTurns:
+    @pytest.mark.parametrize(("address", "group"), [
+        ("10.0.0.1", "10.0.0.1"), ("2001:db8:1:2:3::4", "2001:db8:1:2::/64"), ("fe80::1%eth0", "fe80::/64"),
+        ("no:address", "no:address"), ("", "")])
+    def test_addresses_are_counted_by_what_one_machine_may_have(self, address, group):
+        assert bayeux_server.address_group(address) == group
+
+    def test_a_budget_is_a_share_of_the_memory(self):
+        memory = bayeux_server.Memory(320_000)
+        assert (memory.session_limit, memory.mailbox_limit, memory.connection_limit, memory.address_limit) == (
+            10_000, 10_000, 10_000, 20_000)
+
+    def test_an_address_has_its_share(self):
+        memory = bayeux_server.Memory(16_000)
+        memory.take_for("a", 900)
+        assert memory.is_too_much_for("a", 101) and not memory.is_too_much_for("a", 100)
+        assert not memory.is_too_much_for("b", 1000) and not memory.is_too_much_for("", 1_000_000)
+        assert memory.has_room_for("a", 100) and not memory.has_room_for("a", 101)
+        memory.take_for("", 15_000)
+        assert memory.used == 15_900 and memory.has_room_for("b", 100) and not memory.has_room_for("b", 101)
+        memory.take_for("a", -900)
+        memory.take_for("", -15_000)
+        assert memory.used == 0 and not memory._by_address
+        assert not bayeux_server.Memory(16_000, limits_addresses=False).is_too_much_for("a", 10_000)
+
+    def test_relief_is_asked_for_when_there_is_too_much(self):
+        asked = []
+        memory = bayeux_server.Memory(1000, relieve=lambda: asked.append(memory.used))
+        memory.take(1000)
+        assert not asked and not memory.is_over()
+        memory.take(1)
+        assert asked == [1001] and memory.is_over()
+        memory.give_back(1)
+        memory.take(0)
+        assert asked == [1001] and not memory.is_over()
+
+    def test_an_event_counts_once_as_long_as_anybody_waits_for_it(self, core):
+        sessions = [core.handshake() for _ in range(20)]
+        for client_id in sessions:
+            core.subscribe(client_id, "/a")
+        before, _ = core.core.memory.used, core.core.publish("/a", "x" * 10_000)
+        size = core.core.memory.used - before
+        assert 10_000 < size < 10_500
+        for client_id in sessions[1:]:
+            core.events(client_id)
+        assert core.core.memory.used == before + size
+        core.ask({"channel": "/meta/disconnect", "clientId": sessions[0]})
+        core.work()
+        assert core.core.memory.used < before
+
+    def test_turns_are_taken_in_the_order_in_which_they_were_asked_for(self):
+        turns, order = bayeux_server.Turns(), []
+
+        def take(number):
+            with turns:
+                order.append(number)
+
+        with turns:
+            threads = [threading.Thread(target=take, args=(number,), daemon=True) for number in range(5)]
+            for number, thread in enumerate(threads, 1):
+                thread.start()
+                wait_until(lambda number=number: len(turns._waiting) == number)
+            assert order == [] and turns.is_here()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert order == [0, 1, 2, 3, 4] and not turns.is_here()
+
+    def test_one_computes_at_a_time(self, monkeypatch):
+        monkeypatch.setattr(bayeux_server, "TURN", 0)           # each pause gives the turn up
+        turns, computing, together = bayeux_server.Turns(), [], []
+
+        def compute():
+            with turns:
+                for _ in range(50):
+                    computing.append(1)
+                    together.append(len(computing))
+                    computing.pop()
+                    turns.pause()
+                    with turns.interrupted():
+                        pass
+
+        at_once(*[compute] * 6)
+        assert set(together) == {1} and len(together) == 300
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_a_turn_is_given_up_around_code_that_may_take_its_time(self, fails):
+        turns, order = bayeux_server.Turns(), []
+
+        def other():
+            with turns:
+                order.append("other")
+
+        with suppress(SystemExit), turns:
+            with turns.interrupted():
+                assert not turns.is_here()
+                at_once(other)
+                order.append("slow")
+                if fails:
+                    sys.exit()
+            assert turns.is_here()
+        at_once(other)
+        assert order == ["other", "slow", "other"]
+        with turns.interrupted():                               # nothing to give up: nothing to take again
+            assert not turns.is_here()
+
+    def test_a_turn_lasts_its_time(self, monkeypatch):
+        monkeypatch.setattr(bayeux_server, "TURN", 1000)
+        turns, order = bayeux_server.Turns(), []
+
+        def other():
+            with turns:
+                order.append("other")
+
+        thread = threading.Thread(target=other, daemon=True)
+        with turns:
+            thread.start()
+            wait_until(lambda: turns._waiting)
+            turns.pause()
+            assert order == []
+            monkeypatch.setattr(bayeux_server, "TURN", 0)
+            turns.pause()
+            assert order == ["other"]
+        thread.join(PATIENCE)
+
+    @pytest.mark.parametrize("is_busy", [True, False])
+    def test_between_two_turns_the_leader_goes_round(self, monkeypatch, is_busy):
+        monkeypatch.setattr(bayeux_server, "TURN", PATIENCE)
+        turns, order = bayeux_server.Turns(), []
+        turns.is_leader_busy = is_busy
+
+        def lead():
+            wait_until(lambda: turns.is_leader_awaited)
+            assert not turns._is_taken
+            order.append("round")
+            turns.end_round()
+
+        def compute():
+            with turns:
+                turns._began -= 2 * PATIENCE
+                turns.pause()
+                order.append("computed")
+
+        at_once(compute, *([lead] if is_busy else []))
+        assert order == ["round", "computed"][-1 - is_busy:]
 
 
 # ======================================================================================
@@ -1595,6 +1768,218 @@ class TestSessions:
         assert [details["reason"] for details in core.told_of("client_disconnect")] == ["server shutdown"] * 20
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0", "id": 1})
         assert error_code(reply) == 503 and reply["advice"]["reconnect"] == "handshake" and reply["id"] == 1
+
+
+class Body:
+    """A body of the application's: parts and faults, one a read; then, if it is given one, a fault at its close."""
+
+    def __init__(self, *parts, at_close=None):
+        self.parts = list(parts)
+        self.at_close = at_close
+        self.closed = 0
+
+    def read(self, size):
+        part = self.parts.pop(0)
+        return part() if callable(part) else part
+
+    def close(self):
+        self.closed += 1
+        if self.at_close:
+            self.at_close()
+
+
+class TestApplicationCode:
+    """One place calls the application's functions, whatever they do."""
+
+    @pytest.fixture
+    def gate(self):
+        return bayeux_server.ApplicationCode(logging.getLogger("bayeux_server"), bayeux_server.Turns())
+
+    @pytest.mark.parametrize("fault", [*FAULTS, ValueError])
+    def test_whatever_is_raised_is_logged_once(self, gate, fault, errors):
+        def fail(value):
+            raise fault(value)
+
+        def call():
+            with pytest.raises(bayeux_server.ApplicationFault, match="^the code$"):
+                gate.call("the code", fail, 7)
+            gate.run("the code", fail, 7)
+
+        at_once(call)
+        logged = errors.take()
+        assert len(logged) == 2 and all(each.startswith("the code failed\nTraceback") for each in logged)
+
+    def test_a_bayeux_error_is_an_answer_where_one_can_be_given(self, gate, errors):
+        def refuse():
+            raise BayeuxError(403, "", "No")
+
+        with pytest.raises(BayeuxError, match="403::No"):
+            gate.call("the code", refuse)
+        gate.run("the code", refuse)
+        assert len(errors.take()) == 1
+
+    def test_ctrl_c_in_the_main_thread_means_the_application(self, gate):
+        def interrupt():
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            gate.run("the code", interrupt)
+
+    @pytest.mark.parametrize("place", ["service", "generator", "message_acl", "incoming", "outgoing", "listener",
+                                       "callback", "on_end", "handler", "read", "second read", "close", "post_handle"])
+    def test_no_fault_costs_more_than_its_own_answer(self, serve, errors, place):
+        """With each kind of fault, many times more often than there are threads: one line each, and all goes on."""
+        kinds, has_turn = itertools.cycle(FAULTS), []
+
+        def fail(*arguments):
+            has_turn.append(server.core.turns.is_here() or server.core.lock.locked())
+            raise next(kinds)()
+
+        def fail_on_channel(session, message):
+            return fail() if message["channel"] == "/fail" else message
+
+        def fail_in_generator(message):
+            yield fail()
+
+        def handler(request):
+            return bayeux_server.Response({"read": Body(fail), "second read": Body(b"12", fail),
+                                           "close": Body(b"1234", at_close=fail)}.get(place, "text"), length=4)
+
+        option = {"service": {"services": {"fail": fail}}, "generator": {"services": {"fail": fail_in_generator}},
+                  "message_acl": {"message_acl": lambda session, message: fail_on_channel(session, message) and None},
+                  "incoming": {"extensions": [types.SimpleNamespace(incoming=fail_on_channel)]},
+                  "outgoing": {"extensions": [types.SimpleNamespace(outgoing=fail_on_channel)]},
+                  "handler": {"content_handlers": {"/fail": fail}}, "post_handle": {"post_handle": fail}}
+        server = serve(max_threads=3, **{"content_handlers": {"/fail": handler}, **option.get(place, {})})
+
+        def act(peer):
+            if place in ("service", "generator"):
+                assert error_code(peer.ask("/service/fail")) == 500
+            elif place in ("message_acl", "incoming", "outgoing"):
+                assert error_code(peer.ask("/fail", data=1)) in (403, 500)
+            elif place in ("listener", "callback"):
+                server.publish("/a", "event")
+            elif place == "on_end":
+                LocalClient(server, on_end=fail).close()
+            else:
+                get(200 if place == "close" else None if place == "second read" else 500)
+
+        def get(status):
+            with Wire(server) as wire:
+                wire.send_request("GET", "/fail")
+                if status is None:              # its head has been sent already
+                    assert wire._read_until(lambda: wire.buffer.endswith(b"12"))
+                    assert wire.socket.recv(10) == b""
+                else:
+                    assert wire.read_answer().status == status
+
+        times = 10 * len(FAULTS)
+        if place == "listener":
+            server.add_listener(fail, ["publish"])
+        if place == "callback":
+            LocalClient(server).subscribe("/a", fail)
+        with Peer(server) as peer:
+            for _ in range(times):
+                act(peer)
+        wait_until(lambda: len(errors.records) >= times, "the end of all those calls")
+        assert len(errors.take()) == times and has_turn == [False] * times
+        server.core._listeners["publish"] = []
+        with bystander(server):
+            pass
+
+    @pytest.mark.parametrize("parts", [(b"12", b"34"), (b"12", b""), (b"", b""), (b"12345",), ("text",)])
+    def test_a_body_is_closed_once_however_it_ends(self, serve, errors, parts):
+        body = Body(*parts)
+        server = serve(content_handlers={"/a": lambda request: bayeux_server.Response(body, length=4)})
+        with Wire(server) as wire:
+            wire.send_request("GET", "/a", Connection="close")
+            assert wire._read_until(lambda: False) is False
+        wait_until(lambda: body.closed, "the closing of the body")
+        wait_until(lambda: not server.watch.connections)
+        assert body.closed == 1 and len(errors.take()) == (parts == ("text",))
+
+    def test_a_bayeux_error_of_a_content_handler_is_its_failure(self, serve, errors):
+        """It is no fault of the request's."""
+        def handler(request):
+            raise BayeuxError(429, "/a", "A subscriber in the server is too far behind")
+
+        server = serve(content_handlers={"/a": handler})
+        with Wire(server) as wire:
+            assert wire.request("GET", "/a").status == 500
+        assert len(errors.take()) == 1
+
+    @pytest.mark.parametrize("place", ["handler", "read", "second read", "close", "file"])
+    def test_a_slow_answer_holds_up_only_itself(self, serve, site, place, monkeypatch):
+        """Not even other requests that need a handler thread and its turn."""
+        begun, may_end = threading.Event(), threading.Event()
+
+        def wait(part=b"34"):
+            begun.set()
+            assert may_end.wait(PATIENCE)
+            return part
+
+        def handler(request):
+            body = {"read": Body(wait, b"12"), "second read": Body(b"12", wait),
+                    "close": Body(b"12", b"34", at_close=wait)}.get(place)
+            return bayeux_server.Response(body, length=4) if body else wait(b"1234")
+
+        class SlowFile(bayeux_server.FileHandler):
+            def respond(self):
+                return wait(super().respond())
+
+        if place == "file":
+            monkeypatch.setattr(bayeux_server, "FileHandler", SlowFile)
+        server = serve(docroot=str(site), services={"echo": lambda message: {"data": "echo"}},
+                       content_handlers={} if place == "file" else {"/digits.txt": handler})
+        with Wire(server) as wire:
+            wire.send_request("GET", "/digits.txt")
+            assert begun.wait(PATIENCE)
+            with bystander(server) as peer:
+                assert peer.ask("/service/echo")["data"] == "echo"
+                assert len(peer.side.post(*[PING] * 100)) == 100
+            may_end.set()
+            assert wire.read_answer().status == 200
+
+    def test_a_client_may_hang_up_while_its_answer_is_read(self, serve):
+        begun, may_end = threading.Event(), threading.Event()
+
+        def wait():
+            begun.set()
+            assert may_end.wait(PATIENCE)
+            return b"3"
+
+        body = Body(b"12", wait, b"4")
+        server = serve(content_handlers={"/a": lambda request: bayeux_server.Response(body, length=4)})
+        with Wire(server) as wire:
+            wire.send_request("GET", "/a")
+            assert wire._read_until(lambda: wire.buffer.endswith(b"12")) and begun.wait(PATIENCE)
+        may_end.set()
+        wait_until(lambda: body.closed and not server.watch.connections, "the end of the connection")
+
+    @pytest.mark.parametrize("transport", ["long-polling", "websocket"])
+    def test_messages_of_a_client_that_has_gone_are_not_handled_on(self, serve, transport):
+        called, begun, is_gone = [], threading.Event(), threading.Event()
+
+        def service(message):
+            called.append(message["data"])
+            begun.set()
+            assert is_gone.wait(PATIENCE)
+
+        server = serve(services={"a": service}, max_threads=2)
+        with Peer(server) as peer:
+            calls = [{"channel": "/service/a", "clientId": peer.id, "data": number} for number in range(3)]
+            wire = SocketWire(server) if transport == "websocket" else Wire(server)
+            wire.send_batch(*calls) if transport == "websocket" else wire.send_post(*calls)
+            assert begun.wait(PATIENCE)
+            late = Wire(server)                 # its request waits for the one thread
+            late.send_post({"channel": "/service/a", "clientId": peer.id, "data": "late"})
+            wait_until(lambda: server._handler_threads._waiting)
+            wire.close()
+            late.close()
+            is_gone.set()
+            wait_until(lambda: len(server.watch.connections) == 2, "the end of both connections")
+            assert called == [0]
+            assert peer.ask("/service/a", data="alive")["successful"]
 
 
 # ======================================================================================
@@ -4797,6 +5182,143 @@ class TestFrames:
 # ======================================================================================
 # §9  Connections
 # ======================================================================================
+
+class Work:
+    """Jobs for handler threads, each of which is done when the test says so."""
+
+    def __init__(self, limit, **options):
+        self.threads = bayeux_server.HandlerThreads(limit, logging.getLogger("bayeux_server"), **options)
+        self.begun, self.refused, self.may_end = [], [], {}
+
+    def add(self, name, address=None, may_be_refused=True):
+        self.may_end[name] = threading.Event()
+
+        def run():
+            self.begun.append(name)
+            assert self.may_end[name].wait(PATIENCE)
+
+        self.threads.run(run, address, (lambda: self.refused.append(name)) if may_be_refused else None)
+
+    def await_begun(self, *names):
+        wait_until(lambda: len(self.begun) >= len(names), f"the beginning of {names}")
+        assert sorted(self.begun) == sorted(names)
+
+    def end(self, name):
+        self.may_end[name].set()
+
+
+@pytest.fixture
+def work():
+    """Makes handler threads: work(limit, ...)."""
+    made = []
+
+    def make(*arguments, **options):
+        made.append(Work(*arguments, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        for name in each.may_end:
+            each.end(name)
+        each.threads.stop()
+
+
+class TestHandlerThreads:
+    def test_one_address_has_at_most_half_of_them(self, work):
+        jobs = work(4)
+        for number in range(4):
+            jobs.add(f"a{number}", "a")
+        jobs.await_begun("a0", "a1")
+        jobs.add("b0", "b")
+        jobs.await_begun("a0", "a1", "b0")
+        jobs.end("a1")
+        jobs.await_begun("a0", "a1", "b0", "a2")
+        assert jobs.refused == []
+
+    @pytest.mark.parametrize(("address", "options"), [("", {}), (None, {}), ("a", {"limits_addresses": False})])
+    def test_who_has_no_limit_may_have_all(self, work, address, options):
+        jobs = work(4, **options)
+        for number in range(4):
+            jobs.add(number, address)
+        jobs.await_begun(0, 1, 2, 3)
+
+    def test_the_lines_of_the_addresses_take_turns(self, work):
+        jobs = work(1)
+        for name in ("x", "a0", "a1", "a2", "b0", "c0"):
+            jobs.add(name, name[0])
+        expected = ["x", "a0", "b0", "c0", "a1", "a2"]
+        for count, name in enumerate(expected, 1):
+            wait_until(lambda count=count: len(jobs.begun) == count)
+            jobs.end(name)
+        assert jobs.begun == expected
+
+    def test_while_none_becomes_free_what_can_be_refused_is(self, work, monkeypatch):
+        jobs = work(2)
+        jobs.add("a")
+        jobs.add("b")
+        jobs.add("early")
+        jobs.add("callback", may_be_refused=False)
+        jobs.await_begun("a", "b")
+        jobs.threads.refuse_late()
+        assert jobs.refused == []
+        monkeypatch.setattr(bayeux_server, "STUCK_AFTER", -1)
+        jobs.add("late")
+        assert jobs.refused == ["late"]
+        jobs.threads.refuse_late()
+        assert jobs.refused == ["late", "early"]
+        jobs.end("a")
+        jobs.await_begun("a", "b", "callback")
+        jobs.end("callback")
+        wait_until(lambda: jobs.threads._idle)
+        jobs.add("again")
+        jobs.await_begun("a", "b", "callback", "again")
+
+    def test_a_job_does_not_wait_for_ever_while_others_are_done(self, work, monkeypatch):
+        """Its address has its half; the other threads are free."""
+        jobs = work(4)
+        for number in range(3):
+            jobs.add(number, "a")
+        jobs.await_begun(0, 1)
+        monkeypatch.setattr(bayeux_server, "LONGEST_QUEUE", -1)
+        jobs.threads.refuse_late()
+        assert jobs.refused == [2]
+        jobs.end(0)
+        wait_until(lambda: jobs.threads._running["a"] == 1)
+        assert jobs.begun in ([0, 1], [1, 0]) and not jobs.threads._waiting
+
+    def test_a_quiet_time_is_not_taken_for_a_stuck_one(self, work):
+        jobs = work(1)
+        jobs.threads._last_change -= 1000
+        jobs.add("first")
+        jobs.add("second")
+        jobs.threads.refuse_late()
+        assert jobs.refused == []
+        jobs.end("first")
+        jobs.await_begun("first", "second")
+
+    def test_an_idle_thread_keeps_nothing_of_its_last_job(self, work):
+        class Job:
+            def run(self):
+                pass
+
+        jobs, job = work(1), Job()
+        is_alive = weakref.ref(job)
+        jobs.threads.run(job.run)
+        del job
+        wait_until(lambda: gc.collect() is None or is_alive() is None, "the end of the job")
+
+    @pytest.mark.parametrize("fault", FAULTS)
+    def test_a_job_that_fails_takes_no_thread_along(self, work, fault, errors):
+        def fail():
+            raise fault
+
+        jobs = work(1)
+        for _ in range(3):
+            jobs.threads.run(fail)
+        jobs.add("next")
+        jobs.await_begun("next")
+        assert len(errors.take()) == 3
+
 
 class TestConnections:
 
