@@ -3665,8 +3665,8 @@ class Watch:
     def _read_on(self, connection: Connection, source: BodySource) -> None:
         try:
             connection.fill(source.read())
-        except Exception as fault:          # half of it has been sent: to hang up is all that can be said now
-            if not isinstance(fault, ApplicationFault):
+        except (ApplicationFault, HTTPFault) as fault:      # half of it has been sent: all that can be done is to hang up
+            if isinstance(fault, HTTPFault):
                 self._logger.info("a connection from %s is closed: %s", connection.address, fault)
             connection.abort()
 

@@ -842,13 +842,15 @@ class TestBudgetsAndTurns:
     def test_relief_is_asked_for_when_there_is_too_much(self):
         asked = []
         memory = bayeux_server.Memory(1000, relieve=lambda: asked.append(memory.used))
-        memory.take(1000)
-        assert not asked and not memory.is_over()
-        memory.take(1)
-        assert asked == [1001] and memory.is_over()
-        memory.give_back(1)
-        memory.take(0)
-        assert asked == [1001] and not memory.is_over()
+        event = bayeux_server.Event({"channel": "/a", "data": 1})
+        memory.take_for("10.0.0.1", 1000 - event.size)
+        memory.take_event(event)
+        assert not asked
+        memory.take_for("10.0.0.2", 1)
+        assert asked == [1001]
+        size = event.size
+        del event
+        assert memory.used == 1001 - size and asked == [1001]
 
     def test_an_event_counts_once_as_long_as_anybody_waits_for_it(self, core):
         sessions = [core.handshake() for _ in range(20)]
@@ -1923,12 +1925,12 @@ class TestApplicationCode:
                     "close": Body(b"12", b"34", at_close=wait)}.get(place)
             return bayeux_server.Response(body, length=4) if body else wait(b"1234")
 
-        class SlowFile(bayeux_server.FileHandler):
-            def respond(self):
-                return wait(super().respond())
+        class SlowFiles(bayeux_server.Files):
+            def respond(self, request):
+                return wait(super().respond(request))
 
         if place == "file":
-            monkeypatch.setattr(bayeux_server, "FileHandler", SlowFile)
+            monkeypatch.setattr(bayeux_server, "Files", SlowFiles)
         server = serve(docroot=str(site), services={"echo": lambda message: {"data": "echo"}},
                        content_handlers={} if place == "file" else {"/digits.txt": handler})
         with Wire(server) as wire:

@@ -1193,7 +1193,7 @@ def controls_in_the_log(attacker: Attacker) -> Outcome:
             connection.request(post(encode(batch)))
     raw = "\x1b[31m\x85FORGED\x9b\x7f\x01"
     for text in (get("/" + raw), get("/\x85\x9bFORGED"), get("/cometd?jsonp=" + raw), get("/x", f"Origin: http://{raw}\r\n"),
-                 get("/cometd", f"Origin: http://a\x85\x9bFORGED\r\n"), get("/cometd", f"Referer: http://\x85\x9b\r\n"),
+                 get("/cometd", "Origin: http://a\x85\x9bFORGED\r\n"), get("/cometd", "Referer: http://\x85\x9b\r\n"),
                  post(b"[]", "Transfer-Encoding: \x85\x9b\r\n"), get("/", "X-Forwarded-For: \x85\x9b\r\n"),
                  get("/%1b%5b31m%0d%0aFORGED"), f"{raw} / HTTP/1.1\r\n\r\n".encode("latin-1"),
                  get("/", "Host: \x85\x9bFORGED\r\n").replace(b"Host: 127.0.0.1\r\n", b"")):
