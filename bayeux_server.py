@@ -142,6 +142,8 @@ MAX_CHANNEL_LENGTH = 255                # characters; a name of n segments lies 
 MAX_JSON_DEPTH = 100                    # arrays and objects within each other; people use five
 MAX_HEAD = 16 * 1024                    # bytes of request line and headers; Apache: 8 KiB a line
 HEADS_KEPT, LONGEST_KEPT = 256, 2048    # so many request heads, as they were read, of up to so many bytes
+MAX_HOST = 255                          # characters of Host; names of the DNS have up to 253
+HOSTS_KEPT = 256                        # so many values of Host and Origin, as they were read
 MAX_CALLBACK_LENGTH = 64                # characters of a JSONP callback's name
 REMEMBERED_SESSIONS = 1000              # ended sessions whose reason is still told to a late client
 MULTIPLE_CLIENTS_INTERVAL = 2.0         # seconds between polls of a crowded browser, or address; CometD: 2
@@ -3893,6 +3895,9 @@ class Watch:
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20#\x7f-\xff]+) HTTP/(\d)\.(\d)")
+#   RFC 3986, "Host": a name, an IPv4 address, or an IPv6 address in brackets; then perhaps a port
+AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::([0-9]{0,5}))?")
+ABSOLUTE_TARGET = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
 FIELD_NAME = re.compile(TOKEN)
 FIELD_NAMES = re.compile(rf"{TOKEN}(?:[ \t]*,[ \t]*{TOKEN})*")
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
@@ -3932,6 +3937,41 @@ class HTTPFault(Exception):
         return encode_json([refusal(message, error) for message in self.messages])
 
 
+class Authority(NamedTuple):
+    """Where a request goes, or a page came from: a name in lower case, and a port if one is given."""
+
+    host: str
+    port: int | None
+
+
+def read_authority(text: str) -> Authority | None:
+    """The value of Host, or what stands behind the :// of an origin; None if that is neither name nor address."""
+    return read_kept_authority(text) if len(text) <= MAX_HOST else None
+
+
+@lru_cache(maxsize=HOSTS_KEPT)
+def read_kept_authority(text: str) -> Authority | None:
+    match = AUTHORITY.fullmatch(text)
+    host = match[1].lower().removesuffix(".") if match else ""
+    if host == "" or (host.startswith("[") and not is_address(host)):
+        return None
+    return Authority(host, int(match[2]) if match[2] else None)
+
+
+def is_address(host: str) -> bool:
+    """Whether a name of an Authority is an IP address."""
+    try:
+        return bool(ipaddress.IPv6Address(host[1:-1]) if host.startswith("[") else ipaddress.IPv4Address(host))
+    except ValueError:
+        return False
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only programs of this machine reach an address; ::ffff:127.0.0.1 is 127.0.0.1."""
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
+
+
 class Request:
     """An HTTP request, for content handlers and post_handle.
 
@@ -3942,22 +3982,24 @@ class Request:
         query: what stands behind the question mark, as it was sent.
         version: (1, 1) or (1, 0).
         headers: names in lower case.
+        host, port: of Host: the name in lower case ('' if there is none), the port as a number or None.
         body: bytes.
         address: the client's IP address.
         is_secure: whether it came through TLS.
         wants_keep_alive: whether its client may send another on the same connection.
     """
 
-    __slots__ = ("address", "body", "chunks", "cors", "headers", "is_secure", "method", "missing", "path", "query",
-                 "target", "transport", "version", "wants_keep_alive")
+    __slots__ = ("address", "body", "chunks", "cors", "headers", "host", "is_secure", "method", "missing", "path",
+                 "port", "query", "target", "transport", "version", "wants_keep_alive")
 
     def __init__(self, method: str, target: str, path: str, query: str, version: tuple[int, int],
-                 headers: dict[str, str], wants_keep_alive: bool, transport: str) -> None:
+                 headers: dict[str, str], authority: Authority, wants_keep_alive: bool, transport: str) -> None:
         self.method = method
         self.target = target
         self.path = path
         self.query = query
         self.version = version
+        self.host, self.port = authority
         self.headers = headers.copy()                   # the application may change it; the head is kept for others
         self.wants_keep_alive = wants_keep_alive
         self.transport = transport
@@ -4018,6 +4060,18 @@ def transport_of(method: str, headers: dict[str, str]) -> str:
     return EVENTSOURCE if "text/event-stream" in headers.get("accept", "") else CALLBACK_POLLING
 
 
+def host_of(version: tuple[int, int], headers: dict[str, str]) -> Authority:
+    """What Host says.  An empty one is refused as well: a URL of http has a host (RFC 9110, "http URI Scheme")."""
+    if "host" not in headers:
+        if version >= (1, 1):
+            raise HTTPFault(400, "Host is missing")
+        return Authority("", None)
+    authority = read_authority(headers["host"])
+    if authority is None:
+        raise HTTPFault(400, "Host must be a name or an address, and perhaps a port")
+    return authority
+
+
 def parse_head(data: bytes) -> tuple:
     """Request line and headers, without the empty line behind them, as the arguments of Request (RFC 9112).
 
@@ -4045,16 +4099,17 @@ def parse_head(data: bytes) -> tuple:
                 raise HTTPFault(400, f"Two {name} headers")
             value = headers[name] + ("; " if name == "cookie" else ", ") + value
         headers[name] = value
-    if version >= (1, 1) and "host" not in headers:
-        raise HTTPFault(400, "Host is missing")
-    target = match[2]
-    if target.startswith(("http://", "https://")):      # the absolute form, which a server MUST accept
-        target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
-    if not target.startswith("/") and target != "*":
-        raise HTTPFault(400, "The target must be a path")
+    authority, target = host_of(version, headers), match[2]
+    if not target.startswith("/"):
+        absolute = ABSOLUTE_TARGET.fullmatch(target)    # a server MUST accept this form, and go by the host in it
+        if absolute:
+            headers["host"], target = absolute[1], absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
+            authority = host_of(version, headers)
+        elif target != "*":
+            raise HTTPFault(400, "The target must be a path")
     raw_path, _, query = target.partition("?")
     path = urllib.parse.unquote(raw_path) if "%" in raw_path else raw_path
-    return (match[1], target, path, query, version, headers, wants_keep_alive(version, headers),
+    return (match[1], target, path, query, version, headers, authority, wants_keep_alive(version, headers),
             transport_of(match[1], headers))
 
 
@@ -4446,12 +4501,33 @@ def no_thread_error() -> BayeuxError:
     return BayeuxError(503, "", "The server is busy - try again later", advice={"reconnect": "retry"})
 
 
+# DNS rebinding: a page of evil.example has its own name led to 127.0.0.1 and asks a server that listens there only.
+# To the browser that is the page's own origin, so that it shows the page everything.  What gives it away is Host.
+
+def admitted_hosts(options: Options, is_local: bool) -> frozenset[str]:
+    """The names by which the server may be asked, beside addresses and localhost; one of them may be *, any."""
+    if "*" in options.allowed_hosts or not (is_local or options.allowed_hosts):
+        return frozenset("*")
+    return frozenset(authority.host for authority in map(read_authority, (options.host, *options.allowed_hosts))
+                     if authority is not None)
+
+
+def is_admitted(hosts: frozenset[str], host: str) -> bool:
+    """Whether a request may ask for a host.  No browser leaves it out, as a client of HTTP/1.0 may."""
+    return ("*" in hosts or host in hosts or host in ("", "localhost") or host.endswith(".localhost")
+            or is_address(host))
+
+
 class HttpTransport:
     """Takes requests from connections, and brings each to the core, a content handler or a file."""
 
-    def __init__(self, options: Options, core: Bayeux, watch: Watch, logger: logging.Logger) -> None:
+    def __init__(self, options: Options, core: Bayeux, watch: Watch, logger: logging.Logger,
+                 is_local: bool) -> None:
+        """is_local: whether the server listens on a loopback address."""
         self.options = options
         self.core = core
+        self._hosts = admitted_hosts(options, is_local)
+        self._is_admitted = lru_cache(maxsize=HOSTS_KEPT)(partial(is_admitted, self._hosts))
         self.is_stopping = False
         self._watch = watch
         self.logger = logger
@@ -4530,6 +4606,7 @@ class HttpTransport:
             request.is_secure = connection.is_secure
             request.address = self.core.addresses.client(
                 connection.address, request.headers.get("x-forwarded-for"))
+            self._check_host(request)
             self._expect_body(connection, request)
         if request.chunks is not None:
             connection.input = request.chunks.feed(connection.input)
@@ -4595,6 +4672,12 @@ class HttpTransport:
             return False
         request.body = bytes(request.body)
         return True
+
+    def _check_host(self, request: Request) -> None:
+        """Refuse a name that the server does not have: DNS rebinding (see admitted_hosts)."""
+        if not self._is_admitted(request.host):
+            raise HTTPFault(421, f"This host is not known here. To allow it use --allowed-host {request.host} "
+                                 "(in Python allowed_hosts)")
 
     # -- Answering it ----------------------------------------------------------------------
 
@@ -5232,6 +5315,13 @@ def is_origin(value: str) -> bool:
     return value == "*" or re.fullmatch(r"https?://[^/\s]+", value) is not None
 
 
+def is_host(value: str) -> bool:
+    """A name or address without a port, or *."""
+    authority = read_authority(value)
+    return value == "*" or (authority is not None and authority.port is None and value[-1:] not in ("", ":")
+                            and "*" not in value)
+
+
 def read_type_expires(text: str) -> tuple[str, int]:
     mime_type, _, lifetime = text.partition("=")
     return mime_type.strip(), int(lifetime)
@@ -5246,6 +5336,7 @@ FOLDER = Kind("a folder that exists, or None",
               shown="FOLDER")
 FILE_NAMES = names("file names", lambda name: name != "" and "/" not in name)
 ORIGINS = names("origins such as https://example.org, or *", is_origin)
+HOSTS = names("host names such as example.org, or *", is_host)
 NETWORKS = names("IP addresses or networks", is_network)
 PATTERNS = names("channels or patterns such as /chat/*", is_channel_pattern)
 FUNCTION = Kind("a function, or None", lambda value: value is None or callable(value))
@@ -5295,6 +5386,9 @@ class Options:
     anon_publish: bool = option(False, SWITCH, "let remote clients publish without a handshake")
     allowed_origins: Iterable[str] = option(
         (), ORIGINS, "other site whose pages may use this server; * is any, without cookies", "--allowed-origin")
+    allowed_hosts: Iterable[str] = option(
+        (), HOSTS, "name by which clients may ask for this server, beside addresses, localhost and --host; * is any",
+        "--allowed-host")
     trusted_proxies: Iterable[str] = option((), NETWORKS, "proxy whose X-Forwarded-For is believed",
                                             "--trusted-proxy")
     bind_sessions: bool = option(False, SWITCH, "a session works only with the cookie of its handshake")
@@ -5419,7 +5513,7 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
                            self._handler_threads, options.request_timeout, self.logger, self.memory, turns)
         self.core = Bayeux(options, self.logger, self._handler_threads.run, self._deliver_here,
                            self.watch.after_next_look, time.monotonic, self.memory, turns)
-        self.http = HttpTransport(options, self.core, self.watch, self.logger)
+        self.http = HttpTransport(options, self.core, self.watch, self.logger, is_loopback(self.server_address[0]))
         self._wait = LongPollWait(self.core)
         self._state = threading.Lock()
         self._has_started = self._has_stopped = False
@@ -5808,6 +5902,12 @@ def read_flag(kind: Kind, text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{text!r}: it must be {kind.allowed}") from None
 
 
+def hosts_text(server: BayeuxServer) -> str:
+    hosts = admitted_hosts(server.options, is_loopback(server.server_address[0]))
+    return "any" if "*" in hosts else ", ".join(["addresses", "localhost", *sorted(
+        host for host in hosts if host != "localhost" and not is_address(host))])
+
+
 def start_text(server: BayeuxServer, is_bare: bool) -> str:
     """What a newcomer wants to know: where to look, what is served, who may do what."""
     options = server.options
@@ -5817,6 +5917,7 @@ def start_text(server: BayeuxServer, is_bare: bool) -> str:
              f"  files      {os.path.abspath(options.docroot) if options.docroot else 'none'}",
              f"  publishing {'anybody' if options.anon_publish else 'clients after their handshake'}",
              f"  origins    {', '.join(['own pages', *options.allowed_origins])}",
+             f"  hosts      {hosts_text(server)}",
              f"  limits     {kept_open} connections kept open by one address, {options.max_sessions} sessions,",
              f"             {options.max_queue} waiting events a session, {options.max_message_size} bytes a message"]
     if not is_bare:

@@ -393,6 +393,9 @@ WRONG_VALUES = [
     ("allowed_origins", "https://example.org", "a list of origins"),
     ("allowed_origins", ["example.org"], "a list of origins"),
     ("allowed_origins", ["https://example.org/"], "a list of origins"), ("allowed_origins", None, "a list of origins"),
+    ("allowed_hosts", "example.org", "a list of host names"),
+    *[("allowed_hosts", [host], "a list of host names") for host in (
+        "", "example.org:80", "example.org:", "https://example.org", "*.example.org", "a b", "[1]", ".", 1, None)],
     ("trusted_proxies", "127.0.0.1", "a list of IP addresses"),
     ("trusted_proxies", ["localhost"], "a list of IP addresses"), ("trusted_proxies", [1], "a list of IP addresses"),
     ("bind_sessions", "yes", "True or False"),
@@ -429,6 +432,7 @@ RIGHT_VALUES = [
     ("host", "::1"), ("port", 0), ("port", 65535), ("path", "/a/b-c.d_e~f"), ("docroot", pathlib.Path(".")),
     ("directory_index", []), ("directory_index", ("a.html", "b.html")), ("type_expires", {"image/png": 0}),
     ("allowed_origins", {"*"}), ("allowed_origins", ["http://example.org:8000"]),
+    ("allowed_hosts", ["example.org", "EXAMPLE.org.", "my_app", "[::1]", "10.0.0.1", "*"]),
     ("trusted_proxies", ["10.0.0.0/8", "::1"]), ("timeout", 0), ("timeout", 0.5), ("connect_timeout", 0.001),
     ("client_max_connections", 0), ("max_threads", 2), ("services", {"_handler": any_function}),
     ("callback", any_function),
@@ -5364,7 +5368,7 @@ class TestConnections:
             return b"slow"
 
         server = serve(docroot=str(tmp_path), content_handlers={"/slow": slow})
-        get = "GET {} HTTP/1.1\r\nHost: a\r\n\r\n"
+        get = "GET {} HTTP/1.1\r\nHost: localhost\r\n\r\n"
         with Wire(server) as wire, bystander(server):
             wire.send(get.format("/slow").encode() + whole_post() + get.format("/file.txt").encode() + whole_post())
             with Wire(server) as other:
@@ -6507,6 +6511,115 @@ class TestCrossOrigin:
         server = serve(allowed_origins=[self.ELSEWHERE])
         assert self.ask(server, "GET", jsonp_target(PING), Referer=self.ELSEWHERE + "/page",
                         Sec_Fetch_Site="cross-site").status == 200
+
+
+class TestHosts:
+    """T10: a page of another name that was led to this machine (DNS rebinding) is told nothing."""
+
+    @staticmethod
+    def ask(server, host, target="/", version="1.1", more=""):
+        """The status of a request with this Host, None for none."""
+        with Wire(server) as wire:
+            wire.send(f"GET {target} HTTP/{version}\r\n" + (f"Host: {host}\r\n" if host is not None else "") + more + "\r\n")
+            return wire.read_answer()
+
+    @pytest.fixture
+    def page(self, serve, tmp_path):
+        """Starts a server whose / is a file: page(option=value, ...)."""
+        (tmp_path / "index.html").write_text("page")
+        return lambda **options: serve(docroot=str(tmp_path), **options)
+
+    @pytest.mark.parametrize("host", [
+        "127.0.0.1", "localhost", "LocalHost:8080", "localhost.", "app.localhost", "10.1.2.3:80", "[::1]", "[2001:DB8::1]:81",
+        "[::ffff:1.2.3.4]", "127.0.0.1:"])
+    def test_addresses_and_localhost_pass(self, page, host):
+        assert self.ask(page(), host).status == 200
+
+    @pytest.mark.parametrize("host", ["evil.example", "evil.example:8080", "localhost.evil.example", "notlocalhost",
+                                      "127.0.0.1.evil.example", "1", "0x7f.1", "127.1", "a_b~c", "%61", "1.2.3.4.5"])
+    def test_another_name_is_misdirected_on_a_loopback_address(self, page, host, caplog):
+        """RFC 9110, 421: for files, content handlers, and every transport of Bayeux."""
+        caplog.set_level(logging.INFO)
+        server = page(content_handlers={"/handler": lambda request: "handled"})
+        upgrade = header_lines()
+        stream = "Accept: text/event-stream\r\n"
+        for target, more in (("/", ""), ("/missing", ""), ("/handler", ""), ("/cometd", upgrade), ("/cometd/x", stream),
+                             (jsonp_target(HANDSHAKE), "Sec-Fetch-Site: same-origin\r\n")):
+            caplog.clear()
+            answer = self.ask(server, host, target, more=more)
+            assert answer.status == 421
+            flag = f"--allowed-host {host.partition(':')[0]}"
+            assert flag.replace("%", "_" if b"{" in answer.body else "%") in answer.body.decode()
+            assert len(caplog.records) == 1 and flag in caplog.text
+        with Wire(server) as wire:
+            wire.send(whole_post(HANDSHAKE).replace(b"Host: 127.0.0.1", b"Host: " + host.encode()))
+            answer = wire.read_answer()
+            assert answer.status == 421 and is_bayeux_failure(answer)
+        assert server.core.sessions == {}
+
+    def test_allowed_hosts_pass(self, page):
+        server = page(allowed_hosts=["Example.org", "my_app", "other.example."])
+        for host, status in (("example.org", 200), ("EXAMPLE.ORG.:443", 200), ("my_app", 200), ("other.example", 200),
+                             ("www.example.org", 421), ("localhost", 200)):
+            assert self.ask(server, host).status == status, host
+
+    def test_any_host_may_be_allowed(self, page):
+        assert self.ask(page(allowed_hosts=["*"]), "evil.example").status == 200
+
+    def test_the_option_host_passes(self, page):
+        server = page(host="localhost")
+        assert [self.ask(server, host).status for host in ("localhost", "evil.example")] == [200, 421]
+
+    def test_elsewhere_any_name_passes_unless_some_are_named(self, page):
+        assert self.ask(page(host="0.0.0.0"), "evil.example").status == 200
+        server = page(host="0.0.0.0", allowed_hosts=["example.org"])
+        assert [self.ask(server, host).status for host in ("evil.example", "example.org", "10.0.0.1")] == [421, 200, 200]
+
+    @pytest.mark.parametrize(("address", "is_local"), [
+        ("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("::ffff:127.0.0.1", True), ("0.0.0.0", False),
+        ("::", False), ("10.0.0.1", False), ("fe80::1%lo", False), ("::ffff:10.0.0.1", False)])
+    def test_what_is_a_loopback_address(self, address, is_local):
+        assert bayeux_server.is_loopback(address) == is_local
+
+    @pytest.mark.parametrize("host", [
+        "", " ", "a b", "a/b", "user@a", "a:b", "a:-1", "a:123456", "a:80:80", "[::1", "::1", "[]", "[1.2.3.4]", "[::1]x",
+        "[::1%25eth0]", "[v1.a]", "a,b\"c", "<a>", "%zz", "\xfc", ".", ":80", "x" * 256, "http://a"])
+    @pytest.mark.parametrize("version", ["1.1", "1.0"])
+    def test_what_is_no_host_is_400(self, page, host, version):
+        """RFC 9112: an invalid Host is 400.  Whatever may be allowed, and whatever the version."""
+        with Wire(page(allowed_hosts=["*"])) as wire:
+            wire.send(f"GET / HTTP/{version}\r\nHost: {host}\r\n\r\n".encode("latin-1"))
+            assert wire.read_answer().status == 400
+
+    def test_http_1_0_needs_no_host(self, page):
+        """No browser speaks it."""
+        server = page()
+        assert [self.ask(server, host, version="1.0").status for host in (None, "evil.example")] == [200, 421]
+        assert self.ask(server, None).status == 400
+
+    @pytest.mark.parametrize(("target", "host", "status"), [
+        ("http://localhost/", "evil.example", 200), ("HTTP://127.0.0.1:8080", "localhost", 200),
+        ("hTTps://[::1]/?query", "localhost", 200), ("http://localhost?query", "localhost", 200),
+        ("http://evil.example/", "localhost", 421), ("HTTP://evil.example", "localhost", 421),
+        ("http:///", "localhost", 400), ("http://", "localhost", 400), ("http://user@localhost/", "localhost", 400),
+        ("http://localhost/", "a b", 400), ("ftp://localhost/", "localhost", 400), ("http:/x", "localhost", 400)])
+    def test_the_host_of_a_whole_url_counts(self, page, target, host, status):
+        """RFC 9112, "absolute-form": Host is ignored then, though it must be valid."""
+        assert self.ask(page(), host, target).status == status
+
+    def test_the_application_sees_the_host_that_counts(self, serve):
+        seen = []
+        server = serve(content_handlers={"/": lambda request: seen.append(request) or b""})
+        self.ask(server, "LocalHost:81", "/a")
+        self.ask(server, "localhost", "HTTP://App.LocalHost:82?q")
+        assert [(each.host, each.port, each.headers["host"], each.target) for each in seen] == [
+            ("localhost", 81, "LocalHost:81", "/a"), ("app.localhost", 82, "App.LocalHost:82", "/?q")]
+
+    def test_hosts_are_remembered_within_bounds(self, server):
+        for number in range(2 * bayeux_server.HOSTS_KEPT):
+            self.ask(server, f"host{number}.example")
+        assert server.http._is_admitted.cache_info().currsize <= bayeux_server.HOSTS_KEPT
+        assert bayeux_server.read_kept_authority.cache_info().currsize <= bayeux_server.HOSTS_KEPT
 
 
 # ======================================================================================
@@ -9159,7 +9272,7 @@ class TestClosedConnections:
             wait_until(lambda: server.watch.connections)
             connection, = server.watch.connections
         wait_until(lambda: connection.is_closed)
-        connection.input = (b"GET /cometd HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        connection.input = (b"GET /cometd HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
                             b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
         server.watch.resume(connection)
         with Wire(server) as other:             # when it is answered twice, the other has been looked at
@@ -9841,7 +9954,8 @@ class TestCommandLine:
         ("--type-expires", "png=1", "image/png=3600"), ("--timeout", "-1", "seconds, 0 or more"),
         ("--timeout", "soon", "seconds, 0 or more"), ("--timeout", "nan", "seconds, 0 or more"),
         ("--max-queue", "0", "whole number, 1 or more"), ("--max-queue", "1.5", "whole number, 1 or more"),
-        ("--allowed-origin", "example.org", "origins such as"), ("--trusted-proxy", "proxy", "IP addresses"),
+        ("--allowed-origin", "example.org", "origins such as"),
+        ("--allowed-host", "https://example.org", "host names such as"), ("--trusted-proxy", "proxy", "IP addresses"),
         ("--tls-cert", "x.pem", "give both"), ("--host", "", "a text")])
     def test_a_wrong_value_is_named_with_what_is_allowed(self, exit_of_main, flag, value, allowed):
         status, text = exit_of_main(f"{flag}={value}")
@@ -9870,7 +9984,7 @@ class TestCommandLine:
 
     def test_the_start_says_what_a_newcomer_wants_to_know(self, program):
         for fact in (f"open {program.root}/", f"{program.root}/cometd", "long-polling, callback-polling", str(HERE),
-                     "clients after their handshake", "own pages", "10 connections kept open by one address", "20000 sessions",
+                     "clients after their handshake", "own pages", "hosts      addresses, localhost", "10 connections kept open by one address", "20000 sessions",
                      "10000 waiting events", "65536 bytes a message", "/service/echo, /service/members, /service/magnets",
                      "/chat/demo", "Ctrl-C"):
             assert fact in program.text
@@ -9878,8 +9992,8 @@ class TestCommandLine:
     def test_the_start_says_what_was_changed(self, tmp_path):
         with Program("--docroot", str(tmp_path), "--anon-publish", "--allowed-origin", "https://example.org",
                      "--allowed-origin", "https://example.net", "--client-max-connections", "0", "--max-sessions", "77",
-                     "--path", "/live", "--bare") as program:
-            for fact in (str(tmp_path), "anybody", "own pages, https://example.org, https://example.net",
+                     "--path", "/live", "--bare", "--allowed-host", "example.org") as program:
+            for fact in (str(tmp_path), "hosts      addresses, localhost, example.org", "anybody", "own pages, https://example.org, https://example.net",
                          "any number of connections kept open", "77 sessions", "/live  ("):
                 assert fact in program.text
             assert "/service/echo" not in program.text
