@@ -3909,6 +3909,9 @@ JSONP_CALLBACK = re.compile(r"[A-Za-z_$][A-Za-z0-9_$]*(?:\.[A-Za-z_$][A-Za-z0-9_
 BROWSER_COOKIE = re.compile(r"(?:^|;)[ \t]*BAYEUX_BROWSER=\"?([A-Za-z0-9]{1,64})\"?[ \t]*(?:;|$)")
 CHARSET = re.compile(r"charset=\"?([^\s;\"]*)", re.IGNORECASE)
 UNKNOWN_ORIGIN = "unknown"
+REFERER_ORIGIN = re.compile(r"https?://[^/?#]+", re.IGNORECASE)
+DEFAULT_PORTS = {"http": 80, "https": 443}
+FORWARDED_SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}    # some proxies say wss
 UTF8_NAMES = ("", "utf-8", "utf8", "us-ascii")
 JSON_TYPES = ("application/json", "text/json")
 LOOSE_TYPES = ("", "text/plain", "application/x-www-form-urlencoded")   # may hold JSON, or a form
@@ -3956,6 +3959,24 @@ def read_kept_authority(text: str) -> Authority | None:
     if host == "" or (host.startswith("[") and not is_address(host)):
         return None
     return Authority(host, int(match[2]) if match[2] else None)
+
+
+class Origin(NamedTuple):
+    """Where a page came from.  (RFC 6454)"""
+
+    scheme: str
+    host: str
+    port: int
+
+
+def read_origin(text: str) -> Origin | None:
+    """None for an origin that is not of http or https: null, that of an extension, nonsense."""
+    scheme, _, rest = text.partition("://")
+    scheme = scheme.lower()
+    authority = read_authority(rest) if scheme in DEFAULT_PORTS else None
+    if authority is None:
+        return None
+    return Origin(scheme, authority.host, DEFAULT_PORTS[scheme] if authority.port is None else authority.port)
 
 
 def is_address(host: str) -> bool:
@@ -4527,6 +4548,7 @@ class HttpTransport:
         self.options = options
         self.core = core
         self._hosts = admitted_hosts(options, is_local)
+        self._allowed_origins = {read_origin(each) for each in options.allowed_origins}
         self._is_admitted = lru_cache(maxsize=HOSTS_KEPT)(partial(is_admitted, self._hosts))
         self.is_stopping = False
         self._watch = watch
@@ -4753,7 +4775,7 @@ class HttpTransport:
     # -- Bayeux ----------------------------------------------------------------------------
 
     def _receive_batch(self, connection: Connection, request: Request) -> None:
-        request.cors = self._cross_origin_headers(request)
+        request.cors = self._cross_origin_headers(connection, request)
         if request.method == "OPTIONS":
             return self._answer_preflight(connection, request)
         if request.method not in ("POST", "GET"):
@@ -4863,39 +4885,53 @@ class HttpTransport:
     # Referer or Sec-Fetch-Site must say that the page is our own or allowed: a page can leave out the
     # one, browsers leave out the other where a server has no TLS, and so silence proves nothing.
 
-    def _cross_origin_headers(self, request: Request) -> str:
+    def _cross_origin_headers(self, connection: Connection, request: Request) -> str:
         """The headers for an allowed foreign origin; '' for our own; HTTPFault 403 for others."""
-        origin = request.headers.get("origin")
-        if origin is None and request.transport == CALLBACK_POLLING and request.query:
-            origin = self._origin_of_script(request)
-        if origin is None or self._is_own_origin(origin, request):
+        text = request.headers.get("origin")
+        if text is None and request.transport == CALLBACK_POLLING and request.query:
+            text = self._origin_of_script(request)
+        if text is None:
             return ""
-        if origin in self.options.allowed_origins:
-            return (f"Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n"
+        origin, scheme = read_origin(text), self._scheme(connection, request)
+        if origin is not None and origin == self._own_origin(request, scheme or origin.scheme):
+            return ""
+        if origin is not None and origin in self._allowed_origins:
+            return (f"Access-Control-Allow-Origin: {text}\r\nVary: Origin\r\n"
                     "Access-Control-Allow-Credentials: true\r\n")
         if "*" in self.options.allowed_origins:
             return "Access-Control-Allow-Origin: *\r\n"
-        if origin == UNKNOWN_ORIGIN:
-            raise HTTPFault(403, "JSONP needs Referer or Sec-Fetch-Site to tell that its page is of this server "
-                                 "or of an allowed origin")
-        raise HTTPFault(403, f"Origin {origin} is not allowed here")
+        raise HTTPFault(403, self._why_refused(request, text, origin))
 
     @staticmethod
     def _origin_of_script(request: Request) -> str | None:
         """The origin of the page that loads a script; None for our own."""
-        referer = re.match(r"https?://[^/]+", request.headers.get("referer", ""), re.IGNORECASE)
+        referer = REFERER_ORIGIN.match(request.headers.get("referer", ""))
         if referer:
             return referer[0]
         return None if request.headers.get("sec-fetch-site") in ("same-origin", "none") else UNKNOWN_ORIGIN
 
+    def _scheme(self, connection: Connection, request: Request) -> str | None:
+        """The scheme of the URL that the client asked for; None if a proxy that took TLS off does not tell."""
+        if not self._proxies:
+            return "https" if request.is_secure else "http"
+        if not self._is_proxy(connection.address):
+            return None
+        forwarded = request.headers.get("x-forwarded-proto", "").partition(",")[0]
+        return FORWARDED_SCHEMES.get(forwarded.strip().lower())
+
     @staticmethod
-    def _is_own_origin(origin: str, request: Request) -> bool:
-        """Whether it is the host that was asked.  The scheme is not compared: a proxy may have taken TLS off."""
-        scheme, _, origin_host = origin.lower().partition("://")
-        default_port = {"http": ":80", "https": ":443"}.get(scheme, "")
-        hosts = [host[:-len(default_port)] if default_port and host.endswith(default_port) else host
-                 for host in (origin_host, request.headers.get("host", "").lower())]
-        return hosts[0] != "" and hosts[0] == hosts[1]
+    def _own_origin(request: Request, scheme: str) -> Origin:
+        return Origin(scheme, request.host, DEFAULT_PORTS[scheme] if request.port is None else request.port)
+
+    def _why_refused(self, request: Request, text: str, origin: Origin | None) -> str:
+        """With what arrived here, as a proxy may have changed it, and what to do."""
+        if text == UNKNOWN_ORIGIN:
+            return "JSONP needs Referer or Sec-Fetch-Site to tell that its page is of this server or of an allowed origin"
+        advice = "Use --allowed-origin, or let the proxy pass on Host"
+        if origin is not None and origin == self._own_origin(request, origin.scheme):
+            advice = "Use --trusted-proxy and let the proxy send X-Forwarded-Proto"
+        host = request.headers.get("host", "missing")
+        return f"Origin {text[:MAX_HOST]} is not allowed here with Host {host}. {advice}"
 
     @staticmethod
     def _answer_preflight(connection: Connection, request: Request) -> None:
@@ -5312,7 +5348,7 @@ def is_network(value: str) -> bool:
 
 
 def is_origin(value: str) -> bool:
-    return value == "*" or re.fullmatch(r"https?://[^/\s]+", value) is not None
+    return value == "*" or (read_origin(value) is not None and "*" not in value)
 
 
 def is_host(value: str) -> bool:
@@ -5385,11 +5421,12 @@ class Options:
     # Who may do what
     anon_publish: bool = option(False, SWITCH, "let remote clients publish without a handshake")
     allowed_origins: Iterable[str] = option(
-        (), ORIGINS, "other site whose pages may use this server; * is any, without cookies", "--allowed-origin")
+        (), ORIGINS, "other site whose pages may use this server; * is any, but browsers then refuse clients that send "
+        "credentials, as CometD's and dojo's do over long-polling", "--allowed-origin")
     allowed_hosts: Iterable[str] = option(
         (), HOSTS, "name by which clients may ask for this server, beside addresses, localhost and --host; * is any",
         "--allowed-host")
-    trusted_proxies: Iterable[str] = option((), NETWORKS, "proxy whose X-Forwarded-For is believed",
+    trusted_proxies: Iterable[str] = option((), NETWORKS, "proxy whose X-Forwarded-For and -Proto are believed",
                                             "--trusted-proxy")
     bind_sessions: bool = option(False, SWITCH, "a session works only with the cookie of its handshake")
 
@@ -5908,6 +5945,13 @@ def hosts_text(server: BayeuxServer) -> str:
         host for host in hosts if host != "localhost" and not is_address(host))])
 
 
+def origins_text(allowed: Iterable[str]) -> str:
+    warning = """
+             (with * browsers refuse clients that send credentials, as those of CometD and dojo do over
+             long-polling: give the origins of their pages, too)"""
+    return ", ".join(["own pages", *allowed]) + (warning if "*" in allowed else "")
+
+
 def start_text(server: BayeuxServer, is_bare: bool) -> str:
     """What a newcomer wants to know: where to look, what is served, who may do what."""
     options = server.options
@@ -5916,7 +5960,7 @@ def start_text(server: BayeuxServer, is_bare: bool) -> str:
              f"  Bayeux     {server.url}  ({', '.join(CONNECTION_TYPES)})",
              f"  files      {os.path.abspath(options.docroot) if options.docroot else 'none'}",
              f"  publishing {'anybody' if options.anon_publish else 'clients after their handshake'}",
-             f"  origins    {', '.join(['own pages', *options.allowed_origins])}",
+             f"  origins    {origins_text(options.allowed_origins)}",
              f"  hosts      {hosts_text(server)}",
              f"  limits     {kept_open} connections kept open by one address, {options.max_sessions} sessions,",
              f"             {options.max_queue} waiting events a session, {options.max_message_size} bytes a message"]

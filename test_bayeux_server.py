@@ -392,7 +392,10 @@ WRONG_VALUES = [
     ("anon_publish", 1, "True or False"), ("anon_publish", None, "True or False"),
     ("allowed_origins", "https://example.org", "a list of origins"),
     ("allowed_origins", ["example.org"], "a list of origins"),
-    ("allowed_origins", ["https://example.org/"], "a list of origins"), ("allowed_origins", None, "a list of origins"),
+    *[("allowed_origins", [origin], "a list of origins") for origin in (
+        "https://example.org/", "ftp://example.org", "x://y", "null", "https://", "https://a b", "https://user@a", "",
+        "https://a:b", "https://[1]", "https://*.example.org")],
+    ("allowed_origins", None, "a list of origins"),
     ("allowed_hosts", "example.org", "a list of host names"),
     *[("allowed_hosts", [host], "a list of host names") for host in (
         "", "example.org:80", "example.org:", "https://example.org", "*.example.org", "a b", "[1]", ".", 1, None)],
@@ -6410,8 +6413,11 @@ class TestCrossOrigin:
         with Wire(server) as wire:
             return wire.request(method, target, body, **headers)
 
-    @pytest.mark.parametrize("origin", [ELSEWHERE, "null", "http://127.0.0.1:8080", "http://127.0.0.1.example",
-                                        "http://[", "nonsense", ""])
+    @pytest.mark.parametrize("origin", [
+        ELSEWHERE, "null", "http://127.0.0.1:8080", "http://127.0.0.1.example", "http://[", "nonsense", "", "unknown",
+        "x://127.0.0.1", "ws://127.0.0.1", "file://127.0.0.1", "//127.0.0.1", "://127.0.0.1", "127.0.0.1",
+        "https://127.0.0.1", "https://127.0.0.1:80", "http://127.0.0.1:443", "http://127.0.0.1/",
+        "http://user@127.0.0.1", "http://" + "a" * 300, "http://127.0.0.1, http://127.0.0.1"])
     def test_foreign_origins_get_nothing_by_default(self, server, origin):
         """T6"""
         with bystander(server):
@@ -6421,8 +6427,7 @@ class TestCrossOrigin:
                 assert is_bayeux_failure(answer)
                 assert self.access_headers(answer) == {}
 
-    @pytest.mark.parametrize("origin", ["http://127.0.0.1", "http://127.0.0.1:80", "https://127.0.0.1",
-                                        "https://127.0.0.1:443", None])
+    @pytest.mark.parametrize("origin", ["http://127.0.0.1", "http://127.0.0.1:80", "HTTP://127.0.0.1", "http://127.0.0.1:", None])
     def test_the_own_origin_and_no_origin_pass(self, server, origin):
         """T6: the port of http or https may be left out.  No origin: no browser."""
         answer = self.ask(server, **({"Origin": origin} if origin else {}))
@@ -6440,6 +6445,42 @@ class TestCrossOrigin:
             assert answer.headers["vary"] == "Origin"
         for origin in (self.ELSEWHERE + ":444", "http://elsewhere.example", self.ELSEWHERE + ".evil.example"):
             assert self.ask(server, Origin=origin).status == 403
+
+    def test_an_allowed_origin_may_be_written_with_its_port_and_in_any_case(self, serve):
+        server = serve(allowed_origins=["https://Elsewhere.example:443", "http://second.example"])
+        for origin in (self.ELSEWHERE, "http://second.example"):
+            assert self.ask(server, Origin=origin).headers["access-control-allow-origin"] == origin
+        assert self.ask(server, Origin="https://second.example").status == 403
+
+    def test_over_tls_the_own_origin_is_one_of_https(self, serve_tls, tls):
+        with Wire(serve_tls(), tls) as wire:
+            for origin, status in (("https://127.0.0.1", 200), ("https://127.0.0.1:443", 200), ("http://127.0.0.1", 403),
+                                   ("http://127.0.0.1:443", 403)):
+                assert wire.request("POST", "/cometd", json.dumps([PING]).encode(), Origin=origin).status == status
+
+    @pytest.mark.parametrize(("proxy", "forwarded", "passing"), [
+        ("127.0.0.1", "https", ["https://127.0.0.1"]), ("127.0.0.1", "HTTP", ["http://127.0.0.1"]),
+        ("127.0.0.1", "wss", ["https://127.0.0.1"]), ("127.0.0.1", "ws", ["http://127.0.0.1"]),
+        ("127.0.0.1", "https, http", ["https://127.0.0.1"]),
+        ("127.0.0.1", None, ["http://127.0.0.1", "https://127.0.0.1"]),
+        ("127.0.0.1", "gopher", ["http://127.0.0.1", "https://127.0.0.1"]),
+        ("10.0.0.1", "http", ["http://127.0.0.1", "https://127.0.0.1"])])
+    def test_behind_a_proxy_the_scheme_is_what_the_proxy_says(self, serve, proxy, forwarded, passing):
+        """Where it says nothing, http and https are alike."""
+        server = serve(trusted_proxies=[proxy])
+        headers = {} if forwarded is None else {"X_Forwarded_Proto": forwarded}
+        assert [origin for origin in ("http://127.0.0.1", "https://127.0.0.1", "https://127.0.0.1:80", self.ELSEWHERE)
+                if self.ask(server, Origin=origin, **headers).status == 200] == passing
+
+    @pytest.mark.parametrize(("origin", "advice"), [
+        (ELSEWHERE, "--allowed-origin, or let the proxy pass on Host"), ("null", "--allowed-origin, or let the proxy"),
+        ("https://127.0.0.1", "--trusted-proxy and let the proxy send X-Forwarded-Proto")])
+    def test_a_refused_origin_is_logged_with_the_host_and_what_to_do(self, server, caplog, origin, advice):
+        caplog.set_level(logging.INFO)
+        self.ask(server, Origin=origin)
+        record, = caplog.records
+        assert f"Origin {origin} is not allowed here with Host 127.0.0.1" in record.getMessage()
+        assert advice in record.getMessage()
 
     def test_a_preflight_of_an_allowed_origin(self, serve):
         """T6"""
@@ -6477,7 +6518,9 @@ class TestCrossOrigin:
     @pytest.mark.parametrize("headers", [
         {"Referer": "https://elsewhere.example/page"}, {"Sec_Fetch_Site": "cross-site"},
         {"Sec_Fetch_Site": "same-site"}, {"Referer": "http://["}, {"Referer": "http://127.0.0.1:8080/"},
-        {"Referer": "about:blank"}, {"Referer": ""}, {"Origin": "https://elsewhere.example"}])
+        {"Referer": "about:blank"}, {"Referer": ""}, {"Referer": "https://127.0.0.1/"}, {"Referer": "x://127.0.0.1/"},
+        {"Referer": "http://127.0.0.1@elsewhere.example/"}, {"Referer": "http://elsewhere.example?http://127.0.0.1/"},
+        {"Origin": "https://elsewhere.example"}])
     def test_scripts_for_foreign_pages_are_refused(self, server, headers):
         """T6: whoever loads one, with the visitor's cookies, could read his events."""
         with bystander(server):
@@ -6500,7 +6543,7 @@ class TestCrossOrigin:
 
     @pytest.mark.parametrize("headers", [
         {"Origin": "http://127.0.0.1"},
-        {"Referer": "http://127.0.0.1/page"}, {"Sec_Fetch_Site": "same-origin"}, {"Sec_Fetch_Site": "none"},
+        {"Referer": "http://127.0.0.1/page"}, {"Referer": "http://127.0.0.1?x"}, {"Sec_Fetch_Site": "same-origin"}, {"Sec_Fetch_Site": "none"},
         {"Referer": "http://127.0.0.1/page", "Sec_Fetch_Site": "same-origin"}])
     def test_scripts_for_own_pages_are_served(self, server, headers):
         """T6"""
@@ -9996,7 +10039,12 @@ class TestCommandLine:
             for fact in (str(tmp_path), "hosts      addresses, localhost, example.org", "anybody", "own pages, https://example.org, https://example.net",
                          "any number of connections kept open", "77 sessions", "/live  ("):
                 assert fact in program.text
-            assert "/service/echo" not in program.text
+            assert "/service/echo" not in program.text and "credentials" not in program.text
+            assert program.stop() == 0
+
+    def test_the_start_says_whom_any_origin_excludes(self):
+        with Program("--allowed-origin", "*") as program:
+            assert re.search(r"origins    own pages, \*\n +\(with \* browsers refuse clients that send credentials", program.text)
             assert program.stop() == 0
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
