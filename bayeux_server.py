@@ -71,6 +71,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import logging.handlers
 import math
 import mimetypes
 import os
@@ -155,6 +156,8 @@ REMEMBERED_ADDRESSES = 1000             # addresses of which is known what happe
 BUSY_RETRY = 5                          # seconds, in Retry-After, for who was over a limit
 KEEP_ALIVE = 75.0                       # seconds an idle connection is kept; nginx: 75
 LINGER = 2.0                            # seconds to let a refused client read why
+LINES_KEPT = 10_000                     # of a log whose reader stands still; some 10 MB
+LOG_PATIENCE = 1.0                      # seconds that the end waits for such a reader
 ACCEPT_BACKLOG = 1024                   # connections the kernel queues; socketserver's 5 drops some
 RECEIVE_SIZE = 64 * 1024                # bytes read from a socket, or from a file, at a time
 TURN = 0.005                            # seconds that a request may compute before others have their turn
@@ -4926,7 +4929,8 @@ class HttpTransport:
     def _why_refused(self, request: Request, text: str, origin: Origin | None) -> str:
         """With what arrived here, as a proxy may have changed it, and what to do."""
         if text == UNKNOWN_ORIGIN:
-            return "JSONP needs Referer or Sec-Fetch-Site to tell that its page is of this server or of an allowed origin"
+            return ("JSONP needs Referer or Sec-Fetch-Site to tell that its page is of this server "
+                    "or of an allowed origin")
         advice = "Use --allowed-origin, or let the proxy pass on Host"
         if origin is not None and origin == self._own_origin(request, origin.scheme):
             advice = "Use --trusted-proxy and let the proxy send X-Forwarded-Proto"
@@ -5512,6 +5516,82 @@ class Options:
         return cls(**keywords)
 
 
+# -- The log ---------------------------------------------------------------------------------
+#
+# Each server has a logger of its own, below bayeux_server and bayeux_server.<alias>, to which an
+# application may add handlers.  What comes from the network may hold anything; in the log it must neither
+# look like a line of its own nor steer a terminal.  And nobody may have to wait for the reader of a log:
+# what this module writes itself, to log_file and to stderr, is written by a thread.
+
+#   Where a log is rotated under its name, the new file is to be opened.  (Windows lets nobody rename an open one.)
+LogFile = logging.handlers.WatchedFileHandler if os.name == "posix" else logging.FileHandler
+LOG_FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+
+
+def printable(text: str) -> str:
+    """The text with every control character (and what else repr would escape) escaped."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in text)
+
+
+def make_printable(record: logging.LogRecord) -> bool:
+    """A filter of a logger, which lets everything pass.  A traceback is indented: its lines are none of the log."""
+    try:
+        message = record.getMessage()
+    except APPLICATION_FAULTS:
+        return True                     # a wrong call of the logger; the handlers will say so
+    if not message.isprintable():
+        record.msg, record.args = printable(message), None
+    if record.exc_info and not record.exc_text:
+        lines = LOG_FORMAT.formatException(record.exc_info).split("\n")
+        record.exc_text = "\n".join("    " + printable(line) for line in lines)
+    return True
+
+
+class BackgroundLog(logging.handlers.QueueHandler):
+    """Has another handler write, on a thread.  Lines that find LINES_KEPT others waiting are dropped and counted."""
+
+    def __init__(self, handler: logging.Handler) -> None:
+        super().__init__(queue.Queue(LINES_KEPT))
+        self.setFormatter(LOG_FORMAT)
+        self._handler = handler
+        self._dropped = 0
+        self._has_ended = threading.Event()
+        threading.Thread(target=self._write, name="bayeux log", daemon=True).start()
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            if self._dropped:
+                self.queue.put_nowait(self._note())
+                self._dropped = 0
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self._dropped += 1
+
+    def _note(self) -> logging.LogRecord:
+        text = f"{self._dropped} lines of this log were dropped, as it was not read"
+        return self.prepare(logging.LogRecord("bayeux_server", logging.WARNING, __file__, 0, text, None, None))
+
+    def _write(self) -> None:
+        for record in iter(self.queue.get, None):
+            try:
+                self._handler.emit(record)      # handle() would hold a lock meanwhile, which logging wants at exit
+            except OSError:                     # the file cannot be opened again after its rotation
+                self._handler.handleError(record)
+        self._handler.close()
+        self._has_ended.set()
+
+    def close(self) -> None:
+        """Wait until everything is written, but no longer than LOG_PATIENCE."""
+        deadline = time.monotonic() + LOG_PATIENCE
+        with contextlib.suppress(queue.Full):
+            for last in [self._note()] * bool(self._dropped) + [None]:
+                self.queue.put(last, timeout=max(0.0, deadline - time.monotonic()))
+            self._has_ended.wait(max(0.0, deadline - time.monotonic()))
+        super().close()
+
+
 class BayeuxServer(http.server.ThreadingHTTPServer):
     """A Bayeux server, and a small file server beside it.
 
@@ -5527,7 +5607,7 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         options: all of them, with their defaults.
         host, port: where it listens; port=0 took any free one.
         url: where Bayeux is spoken.
-        logger: a logging.Logger.
+        logger: a logging.Logger, of this server only.
     """
 
     request_queue_size = ACCEPT_BACKLOG
@@ -5535,16 +5615,16 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, **keywords: Any) -> None:
         self.options = options = Options.from_keywords(keywords)
-        self.logger = logging.getLogger("bayeux_server." + options.alias)
         self._tls = self._tls_context()
+        if ":" in options.host:
+            self.address_family = socket.AF_INET6
+        super().__init__((options.host, options.port), socketserver.BaseRequestHandler)    # which is never made
+        self.logger = logging.getLogger(f"bayeux_server.{options.alias}.{options.host}:{self.port}")
+        self._log_handler = self._open_log()
         has_limits = options.client_max_connections > 0
         self.memory = Memory(options.max_memory, has_limits, self._lack_memory)
         turns = Turns()
         self._handler_threads = HandlerThreads(options.max_threads - 1, self.logger, has_limits)
-        if ":" in options.host:
-            self.address_family = socket.AF_INET6
-        super().__init__((options.host, options.port), socketserver.BaseRequestHandler)    # which is never made
-        self._log_handler = self._open_log()
         self.socket.setblocking(False)
         self.watch = Watch(self.socket, self._handle_request_noblock, self._deliver_before_reading,
                            self._handler_threads, options.request_timeout, self.logger, self.memory, turns)
@@ -5596,17 +5676,17 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         self.core.wake()
 
     def _open_log(self) -> logging.Handler | None:
-        if self.options.debug:
-            self.logger.setLevel(logging.DEBUG)
+        self.logger.addFilter(make_printable)
+        self.logger.setLevel(logging.DEBUG if self.options.debug else logging.NOTSET)
         if self.options.log_file is None:
             return None
         try:
-            handler = logging.FileHandler(self.options.log_file)
+            file = LogFile(self.options.log_file, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             self.server_close()
             raise OptionError(f"log_file is {self.options.log_file!r}: it must be a file that can be written "
                               f"({error.strerror})") from None
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler = BackgroundLog(file)
         if self.logger.getEffectiveLevel() > logging.INFO:
             self.logger.setLevel(logging.INFO)
         self.logger.addHandler(handler)
@@ -5969,6 +6049,22 @@ def start_text(server: BayeuxServer, is_bare: bool) -> str:
     return "\n".join([*lines, "Ctrl-C stops it."])
 
 
+class Unbuffered:
+    """A stream that passes on what is written at once, and holds no lock meanwhile.
+
+    A thread that waits in sys.stderr.write holds a lock that the interpreter wants at its end.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        raw = getattr(getattr(stream, "buffer", None), "raw", None)
+        self._write = raw.write if raw else lambda data: stream.write(data.decode("utf-8")) and len(data)
+
+    def write(self, text: str) -> None:
+        data = text.encode("utf-8", "backslashreplace")
+        while data:
+            data = data[self._write(data) or len(data):]    # None: it takes nothing now, and is not waited for
+
+
 def raise_file_limit() -> None:
     """Every client takes a file descriptor, and most systems give a program 1,024 until it asks for more."""
     try:
@@ -5986,15 +6082,22 @@ def main(arguments: list[str] | None = None) -> int:
     is_bare = keywords.pop("bare")
     if "type_expires" in keywords:
         keywords["type_expires"] = dict(keywords["type_expires"])
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    try:
-        server = BayeuxServer(**keywords)
-    except OptionError as error:
-        parser.error(str(error))
-    except OSError as error:
-        print("bayeux_server.py: cannot listen on {}:{}: {}".format(
-            keywords.get("host", "127.0.0.1"), keywords.get("port", 8080), error.strerror or error), file=sys.stderr)
-        return 1
+    with contextlib.closing(BackgroundLog(logging.StreamHandler(Unbuffered(sys.stderr)))) as log:
+        logging.basicConfig(level=logging.INFO, handlers=[log])
+        try:
+            server = BayeuxServer(**keywords)
+        except OptionError as error:
+            parser.error(str(error))
+        except OSError as error:
+            print("bayeux_server.py: cannot listen on {}:{}: {}".format(
+                keywords.get("host", "127.0.0.1"), keywords.get("port", 8080), error.strerror or error), file=sys.stderr)
+            return 1
+        run(server, is_bare)
+    return 0
+
+
+def run(server: BayeuxServer, is_bare: bool) -> None:
+    """Serve until SIGINT or SIGTERM."""
     if not is_bare:
         Demo(server)
     raise_file_limit()
@@ -6010,7 +6113,6 @@ def main(arguments: list[str] | None = None) -> int:
         except queue.Empty:
             pass
     server.shutdown()
-    return 0
 
 
 if __name__ == "__main__":

@@ -6427,7 +6427,8 @@ class TestCrossOrigin:
                 assert is_bayeux_failure(answer)
                 assert self.access_headers(answer) == {}
 
-    @pytest.mark.parametrize("origin", ["http://127.0.0.1", "http://127.0.0.1:80", "HTTP://127.0.0.1", "http://127.0.0.1:", None])
+    @pytest.mark.parametrize("origin", ["http://127.0.0.1", "http://127.0.0.1:80", "HTTP://127.0.0.1",
+                                        "http://127.0.0.1:", None])
     def test_the_own_origin_and_no_origin_pass(self, server, origin):
         """T6: the port of http or https may be left out.  No origin: no browser."""
         answer = self.ask(server, **({"Origin": origin} if origin else {}))
@@ -6454,8 +6455,8 @@ class TestCrossOrigin:
 
     def test_over_tls_the_own_origin_is_one_of_https(self, serve_tls, tls):
         with Wire(serve_tls(), tls) as wire:
-            for origin, status in (("https://127.0.0.1", 200), ("https://127.0.0.1:443", 200), ("http://127.0.0.1", 403),
-                                   ("http://127.0.0.1:443", 403)):
+            for origin, status in (("https://127.0.0.1", 200), ("https://127.0.0.1:443", 200),
+                                   ("http://127.0.0.1", 403), ("http://127.0.0.1:443", 403)):
                 assert wire.request("POST", "/cometd", json.dumps([PING]).encode(), Origin=origin).status == status
 
     @pytest.mark.parametrize(("proxy", "forwarded", "passing"), [
@@ -6543,7 +6544,8 @@ class TestCrossOrigin:
 
     @pytest.mark.parametrize("headers", [
         {"Origin": "http://127.0.0.1"},
-        {"Referer": "http://127.0.0.1/page"}, {"Referer": "http://127.0.0.1?x"}, {"Sec_Fetch_Site": "same-origin"}, {"Sec_Fetch_Site": "none"},
+        {"Referer": "http://127.0.0.1/page"}, {"Referer": "http://127.0.0.1?x"},
+        {"Sec_Fetch_Site": "same-origin"}, {"Sec_Fetch_Site": "none"},
         {"Referer": "http://127.0.0.1/page", "Sec_Fetch_Site": "same-origin"}])
     def test_scripts_for_own_pages_are_served(self, server, headers):
         """T6"""
@@ -6563,7 +6565,8 @@ class TestHosts:
     def ask(server, host, target="/", version="1.1", more=""):
         """The status of a request with this Host, None for none."""
         with Wire(server) as wire:
-            wire.send(f"GET {target} HTTP/{version}\r\n" + (f"Host: {host}\r\n" if host is not None else "") + more + "\r\n")
+            host_line = f"Host: {host}\r\n" if host is not None else ""
+            wire.send(f"GET {target} HTTP/{version}\r\n{host_line}{more}\r\n")
             return wire.read_answer()
 
     @pytest.fixture
@@ -6573,8 +6576,8 @@ class TestHosts:
         return lambda **options: serve(docroot=str(tmp_path), **options)
 
     @pytest.mark.parametrize("host", [
-        "127.0.0.1", "localhost", "LocalHost:8080", "localhost.", "app.localhost", "10.1.2.3:80", "[::1]", "[2001:DB8::1]:81",
-        "[::ffff:1.2.3.4]", "127.0.0.1:"])
+        "127.0.0.1", "localhost", "LocalHost:8080", "localhost.", "app.localhost", "10.1.2.3:80", "[::1]",
+        "[2001:DB8::1]:81", "[::ffff:1.2.3.4]", "127.0.0.1:"])
     def test_addresses_and_localhost_pass(self, page, host):
         assert self.ask(page(), host).status == 200
 
@@ -6616,7 +6619,8 @@ class TestHosts:
     def test_elsewhere_any_name_passes_unless_some_are_named(self, page):
         assert self.ask(page(host="0.0.0.0"), "evil.example").status == 200
         server = page(host="0.0.0.0", allowed_hosts=["example.org"])
-        assert [self.ask(server, host).status for host in ("evil.example", "example.org", "10.0.0.1")] == [421, 200, 200]
+        assert [self.ask(server, host).status for host in ("evil.example", "example.org", "10.0.0.1")] == [
+            421, 200, 200]
 
     @pytest.mark.parametrize(("address", "is_local"), [
         ("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("::ffff:127.0.0.1", True), ("0.0.0.0", False),
@@ -6625,8 +6629,8 @@ class TestHosts:
         assert bayeux_server.is_loopback(address) == is_local
 
     @pytest.mark.parametrize("host", [
-        "", " ", "a b", "a/b", "user@a", "a:b", "a:-1", "a:123456", "a:80:80", "[::1", "::1", "[]", "[1.2.3.4]", "[::1]x",
-        "[::1%25eth0]", "[v1.a]", "a,b\"c", "<a>", "%zz", "\xfc", ".", ":80", "x" * 256, "http://a"])
+        "", " ", "a b", "a/b", "user@a", "a:b", "a:-1", "a:123456", "a:80:80", "[::1", "::1", "[]", "[1.2.3.4]",
+        "[::1]x", "[::1%25eth0]", "[v1.a]", "a,b\"c", "<a>", "%zz", "\xfc", ".", ":80", "x" * 256, "http://a"])
     @pytest.mark.parametrize("version", ["1.1", "1.0"])
     def test_what_is_no_host_is_400(self, page, host, version):
         """RFC 9112: an invalid Host is 400.  Whatever may be allowed, and whatever the version."""
@@ -7179,7 +7183,8 @@ class TestFiles:
             monkeypatch.setattr(os, "supports_dir_fd", set())
 
     @pytest.mark.parametrize("changed", ["folder/secret.txt", "folder"])
-    def test_a_link_that_appears_after_the_check_is_not_followed(self, get, site, way_of_opening, when_checked, changed):
+    def test_a_link_that_appears_after_the_check_is_not_followed(self, get, site, way_of_opening, when_checked,
+                                                                 changed):
         def flip():
             (site / changed).rename(site / "away")
             (site / changed).symlink_to(site.parent if changed == "folder" else site.parent / "secret.txt")
@@ -9616,6 +9621,64 @@ class TestServer:
         for way in "from", "to":
             assert any(f"{way} 127.0.0.1: " in line and "/meta/handshake" in line for line in lines)
 
+    def test_two_servers_of_one_alias_have_a_log_each(self, serve, tmp_path):
+        """And a level each; the application's handlers get the lines of both."""
+        heard = []
+        handler = logging.Handler()
+        handler.emit = lambda record: heard.append(record.getMessage())
+        servers = [serve(log_file=str(tmp_path / name), debug=name == "b") for name in "ab"]
+        logging.getLogger("bayeux_server.bayeux").addHandler(handler)
+        try:
+            for number, server in enumerate(servers):
+                server.logger.warning("of %d", number)
+                server.logger.debug("debug of %d", number)
+        finally:
+            logging.getLogger("bayeux_server.bayeux").removeHandler(handler)
+        for server in servers:
+            server.shutdown()
+        assert heard == ["of 0", "of 1", "debug of 1"]
+        logs = [(tmp_path / name).read_text("utf-8") for name in "ab"]
+        assert "of 0" in logs[0] and "of 1" not in logs[0] and "debug" not in logs[0]
+        assert "WARNING of 1" in logs[1] and "DEBUG debug of 1" in logs[1] and "of 0" not in logs[1]
+
+    @pytest.mark.skipif(os.name != "posix", reason="an open file cannot be renamed")
+    def test_a_log_file_may_be_rotated(self, serve, tmp_path):
+        log_file = tmp_path / "log"
+        server = serve(log_file=str(log_file))
+        server.logger.warning("before")
+        wait_until(lambda: "before" in log_file.read_text("utf-8"))
+        log_file.rename(tmp_path / "old")
+        server.logger.warning("after")
+        wait_until(lambda: log_file.exists() and "after" in log_file.read_text("utf-8"))
+        assert "after" not in (tmp_path / "old").read_text("utf-8")
+
+    CONTROLS = "\x85\x1b\x9b2J\u2028\u2029\x7f\r\n2026-01-01 00:00:00,000 INFO forged\ud800\u202e"
+
+    def test_nothing_from_the_network_steers_or_forges_the_log(self, serve, tmp_path, errors):
+        """C0, C1, NEL, the separators of Unicode, and what turns the direction of text; in tracebacks too."""
+        def fail(message):
+            raise RuntimeError(message["data"])
+
+        log_file = tmp_path / "log"
+        server = serve(log_file=str(log_file), debug=True, services={"fail": fail})
+        with Peer(server) as peer:
+            assert not peer.ask("/service/fail", data=self.CONTROLS.replace("\ud800", ""))["successful"]
+            assert peer.side.request("POST", "/cometd", b"[]", Origin="http://\x85\x9b2J").status == 403
+        server.logger.warning("%s of the application", self.CONTROLS)
+        server.shutdown()
+        log = log_file.read_bytes().decode("utf-8")
+        for text in (log, *errors.take()):
+            assert text.replace("\n", "").isprintable()
+            assert not re.search("^.{19,23} INFO forged", text, re.MULTILINE)
+        assert re.search(r"INFO refused POST .*Origin http://\\x85\\x9b2J is not", log)
+        assert r"\x85\x1b\x9b2J\u2028\u2029\x7f\r\n2026-01-01 00:00:00,000 INFO forged\ud800\u202e of the app" in log
+        assert "    RuntimeError: " in log
+        assert all(re.match(r"\d{4}-\d\d-\d\d |    ", line) for line in log.splitlines()), "entries and tracebacks only"
+
+    def test_a_wrong_call_of_the_logger_harms_nobody(self, server, monkeypatch):
+        monkeypatch.setattr(logging, "raiseExceptions", False)
+        server.logger.info("%d", "no number")
+
     def test_the_service_decorator_returns_its_function(self, server):
         def add(message):
             return {"data": sum(message["data"])}
@@ -9692,6 +9755,100 @@ class TestServer:
             server.publish("/a", object())
         with pytest.raises(ValueError):
             server.publish("/a", float("nan"))
+
+
+class StuckHandler(logging.Handler):
+    """Writes nothing until the test lets it."""
+
+    def __init__(self):
+        super().__init__()
+        self.may_write = threading.Event()
+        self.is_writing = threading.Event()
+        self.lines = []
+
+    def emit(self, record):
+        self.is_writing.set()
+        assert self.may_write.wait(PATIENCE)
+        self.lines.append(self.format(record).partition(" WARNING ")[2])
+
+
+class TestLog:
+    """§11: a log that is not read keeps nobody waiting."""
+
+    @pytest.fixture
+    def stuck(self, monkeypatch):
+        """A logger, its BackgroundLog with room for 3 lines, and the handler behind it, which is writing line 0."""
+        monkeypatch.setattr(bayeux_server, "LINES_KEPT", 3)
+        monkeypatch.setattr(bayeux_server, "LOG_PATIENCE", 0.05)
+        handler, logger = StuckHandler(), logging.getLogger("stuck")
+        log = bayeux_server.BackgroundLog(handler)
+        logger.addHandler(log)
+        logger.warning("0")
+        assert handler.is_writing.wait(PATIENCE)
+        yield logger, log, handler
+        handler.may_write.set()
+        log.close()
+        logger.removeHandler(log)
+
+    def test_lines_beyond_the_limit_are_dropped_and_counted(self, stuck):
+        logger, _, handler = stuck
+        for number in range(1, 9):
+            logger.warning("%d", number)
+        handler.may_write.set()
+        wait_until(lambda: len(handler.lines) == 4)
+        logger.warning("9")
+        wait_until(lambda: len(handler.lines) == 6)
+        assert handler.lines == ["0", "1", "2", "3", "5 lines of this log were dropped, as it was not read", "9"]
+
+    def test_the_end_tells_of_dropped_lines_too(self, stuck):
+        logger, log, handler = stuck
+        for number in range(1, 5):
+            logger.warning("%d", number)
+        handler.may_write.set()
+        wait_until(lambda: len(handler.lines) == 4)
+        log.close()
+        wait_until(lambda: len(handler.lines) == 5)
+        assert handler.lines[-1] == "1 lines of this log were dropped, as it was not read"
+
+    def test_the_end_waits_for_the_reader_a_moment_only(self, stuck):
+        logger, log, handler = stuck
+        for number in range(9):
+            logger.warning("%d", number)
+        log.close()
+        log.close()
+        assert handler.lines == []
+
+    def test_logging_itself_can_end_while_it_is_stuck(self, stuck):
+        """At exit it takes the lock of every handler."""
+        _, _, handler = stuck
+        assert handler.lock.acquire(timeout=PATIENCE)
+        handler.lock.release()
+
+    def test_a_file_that_cannot_be_opened_again_ends_nothing(self, serve, tmp_path, capsys):
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        server = serve(log_file=str(folder / "log"))
+        shutil.rmtree(folder)
+        server.logger.warning("lost")
+        wait_until(lambda: "FileNotFoundError" in capsys.readouterr().err, "the complaint")
+        folder.mkdir()
+        server.logger.warning("kept")
+        server.shutdown()
+        assert "kept" in (folder / "log").read_text("utf-8")
+
+    def test_what_a_stream_does_not_take_is_offered_again(self):
+        class Raw:
+            taken, answers = b"", [2, 3, None]
+
+            def write(self, data):
+                count = self.answers.pop(0) if self.answers else len(data)
+                self.taken += bytes(data[:count or 0])
+                return count
+
+        stream = type("Stream", (), {"buffer": type("Buffer", (), {"raw": Raw()})()})()
+        bayeux_server.Unbuffered(stream).write("12345lost")
+        bayeux_server.Unbuffered(stream).write("\u00fc\ud800")
+        assert stream.buffer.raw.taken == b"12345" + "\u00fc\\ud800".encode()
 
 
 class TestStopping:
@@ -10027,7 +10184,8 @@ class TestCommandLine:
 
     def test_the_start_says_what_a_newcomer_wants_to_know(self, program):
         for fact in (f"open {program.root}/", f"{program.root}/cometd", "long-polling, callback-polling", str(HERE),
-                     "clients after their handshake", "own pages", "hosts      addresses, localhost", "10 connections kept open by one address", "20000 sessions",
+                     "clients after their handshake", "own pages", "hosts      addresses, localhost",
+                     "10 connections kept open by one address", "20000 sessions",
                      "10000 waiting events", "65536 bytes a message", "/service/echo, /service/members, /service/magnets",
                      "/chat/demo", "Ctrl-C"):
             assert fact in program.text
@@ -10036,7 +10194,8 @@ class TestCommandLine:
         with Program("--docroot", str(tmp_path), "--anon-publish", "--allowed-origin", "https://example.org",
                      "--allowed-origin", "https://example.net", "--client-max-connections", "0", "--max-sessions", "77",
                      "--path", "/live", "--bare", "--allowed-host", "example.org") as program:
-            for fact in (str(tmp_path), "hosts      addresses, localhost, example.org", "anybody", "own pages, https://example.org, https://example.net",
+            for fact in (str(tmp_path), "hosts      addresses, localhost, example.org", "anybody",
+                         "own pages, https://example.org, https://example.net",
                          "any number of connections kept open", "77 sessions", "/live  ("):
                 assert fact in program.text
             assert "/service/echo" not in program.text and "credentials" not in program.text
@@ -10044,7 +10203,8 @@ class TestCommandLine:
 
     def test_the_start_says_whom_any_origin_excludes(self):
         with Program("--allowed-origin", "*") as program:
-            assert re.search(r"origins    own pages, \*\n +\(with \* browsers refuse clients that send credentials", program.text)
+            assert re.search(r"origins    own pages, \*\n +\(with \* browsers refuse clients that send credentials",
+                             program.text)
             assert program.stop() == 0
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -10182,6 +10342,16 @@ class TestCommandLine:
             assert len({peer.id for peer in peers}) == 100
             for peer in peers:
                 peer.close()
+
+    def test_an_unread_stderr_stops_nothing(self):
+        """A pipe holds 64 KiB; the log is more."""
+        with Program() as program:
+            with Wire(program) as wire:
+                for _ in range(1500):
+                    assert not wire.post({"channel": "/meta/unknown/" + "x" * 50})[0]["successful"]
+            program.process.send_signal(signal.SIGTERM)
+            assert program.process.wait(PATIENCE) == 0
+            assert len(program.process.stderr.read()) > 50_000
 
     def test_bare_has_no_demo(self):
         with Program("--bare") as program, Peer(program) as peer:
