@@ -4915,9 +4915,9 @@ class HttpTransport:
 
     def _scheme(self, connection: Connection, request: Request) -> str | None:
         """The scheme of the URL that the client asked for; None if a proxy that took TLS off does not tell."""
-        if not self._proxies:
+        if not self.options.trusted_proxies:
             return "https" if request.is_secure else "http"
-        if not self._is_proxy(connection.address):
+        if not self.core.addresses.is_proxy(connection.address):
             return None
         forwarded = request.headers.get("x-forwarded-proto", "").partition(",")[0]
         return FORWARDED_SCHEMES.get(forwarded.strip().lower())
