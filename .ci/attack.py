@@ -60,6 +60,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -70,6 +71,7 @@ PUBLISH_EVERY = 10              # pings between two events of a bystander
 SLOW = 5.0                      # seconds that the slow code of the application takes; longer than an attack
 PATIENCE = 15.0                 # seconds after which a server that gives no answer counts as dead
 SETTLING = 3.0                  # seconds that an event may take to arrive after the attack
+SHORTEST = 0.5                  # seconds that are looked at, though the attack may take less
 CROWD_EACH = 40                 # sessions of the crowd at one address
 MIB = 1024 * 1024
 BATCH = 1000                    # messages in a batch of allowed size
@@ -133,14 +135,15 @@ def serve(settings: dict) -> None:
     spec.loader.exec_module(module)
     if settings["files"]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (settings["files"], settings["files"]))
-    module.raise_file_limit()
+    getattr(module, "raise_file_limit", int)()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     options = settings["options"]
     if "acl" in settings["application"]:
         options["message_acl"] = hanging_acl
-    services = {"slow": slow_service, "CancelledError": raising(asyncio.CancelledError), "SystemExit": raising(SystemExit),
-                "KeyboardInterrupt": raising(KeyboardInterrupt), "GeneratorExit": raising(GeneratorExit)}
-    pages = {"/slow": slow_page, "/blocks": lambda request: module.Response(Faulty(None), length=1000),
+    faults = [asyncio.CancelledError, SystemExit, KeyboardInterrupt, GeneratorExit]
+    services = {"slow": slow_service, **{fault.__name__: raising(fault) for fault in faults}}
+    pages = {"/page": lambda request: "a page", "/slow": slow_page,
+             "/blocks": lambda request: module.Response(Faulty(None), length=1000),
              "/exits": lambda request: module.Response(Faulty(SystemExit()), length=1000)}
     server = module.BayeuxServer(port=0, docroot=settings["docroot"], services=services, content_handlers=pages,
                                  **options)
@@ -152,7 +155,7 @@ def serve(settings: dict) -> None:
     def answer(message: dict) -> None:
         if message["data"] == "cancel":
             raise asyncio.CancelledError
-        helper.publish("/helper/answer", message["data"])
+        helper.publish("/helper/answer", "I heard " + message["data"])
 
     helper.subscribe("/helper/question", answer)
     server.start()
@@ -229,7 +232,10 @@ class Answer:
     """An HTTP answer."""
 
     def __init__(self, head: bytes, body: bytes) -> None:
-        self.status = int(STATUS.match(head)[1])
+        status = STATUS.match(head)
+        if status is None:
+            raise ConnectionError(f"{head[:50]!r} is no answer")
+        self.status = int(status[1])
         self.head = head
         self.body = body
 
@@ -325,9 +331,7 @@ class Connection:
 
     def upgrade(self) -> None:
         """Make a WebSocket of it."""
-        key = base64.b64encode(os.urandom(16)).decode()
-        answer = self.request(get("/cometd", "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-                                  f"Sec-WebSocket-Key: {key}\r\n"))
+        answer = self.request(get("/cometd", UPGRADE))
         if answer.status != 101:
             raise ConnectionError(f"the upgrade is refused with {answer.status}")
 
@@ -358,6 +362,8 @@ def client_context() -> ssl.SSLContext:
     return context
 
 
+UPGRADE = ("Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+           f"Sec-WebSocket-Key: {base64.b64encode(bytes(16)).decode()}\r\n")
 HANDSHAKE = {"channel": "/meta/handshake", "version": "1.0", "supportedConnectionTypes": ["long-polling", "websocket"]}
 
 
@@ -399,6 +405,7 @@ class Flood:
         self.lanes = [Lane(text, open_one) for text in texts]
         self.selector = selectors.DefaultSelector()
         self.seen: collections.Counter[str] = collections.Counter()
+        self.taken = 0                  # bytes
 
     def run(self, until: float) -> str:
         """Flood until then. Returns what the attacker gets."""
@@ -411,7 +418,8 @@ class Flood:
         return self.gets()
 
     def gets(self) -> str:
-        return ", ".join(f"{what} x {count:,}" for what, count in self.seen.most_common(4)) or "no answer"
+        counts = [f"{what} x {count:,}" for what, count in self.seen.most_common(4)]
+        return ", ".join(counts) or ("no answer; " if self.reads else "") + f"{self.taken / MIB:,.0f} MiB taken"
 
     def open(self, lane: Lane) -> None:
         try:
@@ -429,15 +437,18 @@ class Flood:
             if events & selectors.EVENT_READ:
                 self.read(lane)
             if events & selectors.EVENT_WRITE:
-                lane.left = lane.left[lane.connection.socket.send(lane.left[:1 << 18]):]
-                if not lane.left:
-                    self.sent_all(lane)
+                self.write(lane)
         except BlockingIOError:
             pass
         except OSError:
             self.lost(lane)
 
-    def sent_all(self, lane: Lane) -> None:
+    def write(self, lane: Lane) -> None:
+        sent = lane.connection.socket.send(lane.left[:1 << 18])
+        lane.left = lane.left[sent:]
+        self.taken += sent
+        if lane.left:
+            return
         if self.is_endless:
             lane.left = lane.text
         elif self.reads:
@@ -495,7 +506,7 @@ class Bystander:
                 deadline = time.monotonic() + SETTLING
             try:
                 connection = connection or self.open()
-                replies = connection.post(connect(self.client_id, advice={"timeout": 1000}))
+                replies = connection.post(connect(self.client_id, advice={"timeout": 400}))
             except OSError:
                 connection = None
                 time.sleep(0.2)
@@ -569,7 +580,10 @@ def stand_by(place: Place, address: str, pipe: Any) -> None:
     pinging = threading.Thread(target=bystander.keep_pinging, daemon=True)
     pinging.start()
     pipe.send(None)
-    pipe.recv()
+    main_program = os.getppid()
+    while not pipe.poll(1.0):
+        if os.getppid() != main_program:        # it was killed
+            os._exit(1)
     bystander.is_over.set()
     pinging.join(PATIENCE + 1)
     listening.join(SETTLING + 2)
@@ -914,7 +928,7 @@ def slow_listener(attacker: Attacker) -> str:
 def long_subscriptions(attacker: Attacker) -> str:
     """Sessions without end, with 1,000 subscriptions of 255 characters each."""
     connection, sessions, until = attacker.open(), 0, attacker.begin()
-    body = encode([subscribe("@ID", [f"/@NUMBER{part}-{name:03}".ljust(257, "x") for name in range(200)])
+    body = encode([subscribe("@ID", [f"/@NUMBER{part}-{name:03}".ljust(256, "x") for name in range(200)])
                    for part in range(5)])
     while time.monotonic() < until:
         try:
@@ -943,41 +957,47 @@ def heads(attacker: Attacker) -> str:
 
 # -- §7  Attacks on the limit of waiting events -----------------------------------------------------------------------
 
-@attack("max_queue")
+@attack("max_queue", options={"max_queue": 500})
 def large_parcels(attacker: Attacker) -> Outcome:
-    """11,000 publishes in batches of 1,000, eleven at once, to 50 subscribers that keep up."""
+    """Batches of 1,000 publishes, where 500 events may wait for a session, to 50 subscribers that keep up."""
     readers = Readers(attacker, 50, "/crowd")
-    publisher = attacker.open().session()
-    batch = post(encode([publish(publisher, "/crowd", 0)] * BATCH))
-    gets = Flood([batch] * 11, attacker.open, is_endless=False).run(attacker.begin())
-    return crowd_outcome(attacker, readers, gets)
+    publisher, until, count = attacker.open(), attacker.begin(), 0
+    batch = post(encode([publish(publisher.session(), "/crowd", 0)] * BATCH))
+    while time.monotonic() < until:
+        publisher.request(batch)
+        count += 1
+        while readers.received < 50 * BATCH * count and time.monotonic() < until:
+            time.sleep(0.01)            # they keep up: each batch waits until the last one has come
+    return crowd_outcome(attacker, readers, f"200 x {count}")
 
 
 @attack("max_queue")
 def bot(attacker: Attacker) -> Outcome:
-    """A flood on /chat/demo and /magnets/demo, which the demo's bot listens to."""
+    """A flood on /chat/demo and /magnets/demo, which the demo's bot listens to, and one POST of 10,001 moves."""
     connection = attacker.open()
     client_id = connection.session()
     chat = encode([publish(client_id, "/chat/demo", {"user": "x", "chat": "y" * 100})] * BATCH)
     move = encode([publish(client_id, "/magnets/demo", {"magnet": 1, "x": 0, "y": 0})] * BATCH)
-    gets = Flood([post(chat), post(move)] * 2, attacker.open).run(attacker.begin())
+    moves = encode([publish(client_id, "/magnets/demo", 0)] * 10_001)
+    gets = Flood([post(chat), post(move), post(moves)], attacker.open).run(attacker.begin())
     time.sleep(0.5)
     question = {"user": "newcomer", "chat": f"are you there, {attacker.random.random()}?"}
-    is_there = answered(attacker, "/chat/demo", "/chat/demo", question, question["chat"] + '"')
+    is_there = answered(attacker, "/chat/demo", "/chat/demo", question)
     return Outcome(gets, [] if is_there else ["the bot is silent"])
 
 
-def answered(attacker: Attacker, channel: str, answer_channel: str, data: Any, expected: str) -> bool:
-    """Whether a local client answers: the event that it publishes contains the expected text."""
+def answered(attacker: Attacker, channel: str, answer_channel: str, question: Any) -> bool:
+    """Whether a local client, which says "I heard ...", hears the question within 5 s."""
     connection, until = attacker.open(NEWCOMER), time.monotonic() + 5.0
     client_id = connection.session()
     connection.post(subscribe(client_id, answer_channel))
+    text = question["chat"] if isinstance(question, dict) else question
     while time.monotonic() < until:
-        connection.post(publish(client_id, channel, data))
-        for message in connection.post(connect(client_id, advice={"timeout": 500})):
-            text = json.dumps(message.get("data"))
-            if message["channel"] == answer_channel and expected in text and message.get("data") != data:
+        connection.post(publish(client_id, channel, question))
+        for event in connection.post(connect(client_id, advice={"timeout": 500})):
+            if re.search(f"I heard .*{re.escape(text)}", json.dumps(event.get("data"))):
                 return True
+        time.sleep(0.1)
     return False
 
 
@@ -1014,8 +1034,7 @@ def cancelled_callback(attacker: Attacker) -> Outcome:
     client_id = connection.session()
     for _ in range(70):
         connection.post(publish(client_id, "/helper/question", "cancel"))
-    is_there = answered(attacker, "/helper/question", "/helper/answer", "hello", "hello") or answered(
-        attacker, "/helper/question", "/helper/answer", "again", "again")
+    is_there = answered(attacker, "/helper/question", "/helper/answer", "hello")
     return Outcome("200 x 70", [] if is_there else ["the callback is never called again"])
 
 
@@ -1124,16 +1143,19 @@ def trickling_websockets(attacker: Attacker) -> Outcome:
         lanes.append(connection)
     publisher = attacker.open()
     text, open_ones = large_events(publisher.session(), "/large"), set(lanes)
-    for _ in range(4):
-        publisher.request(text)
-    until = time.monotonic() + 5.0
-    while time.monotonic() < until and open_ones:
+    until = time.monotonic() + 6.0
+    for publishes in [True] * 8 + [False] * 20:
+        if publishes:                   # the bytes below come while the server is sending these events
+            publisher.socket.sendall(text)
         for connection in list(open_ones):
             try:
                 connection.socket.send(b" ")
             except OSError:
                 open_ones.discard(connection)
-        time.sleep(0.25)
+        if publishes:
+            publisher.answer()
+        elif open_ones and time.monotonic() < until:
+            time.sleep(0.25)
     return Outcome(f"cut x {30 - len(open_ones)}", [f"{len(open_ones)} of 30 are never cut"] if open_ones else [])
 
 
@@ -1159,7 +1181,7 @@ def unknown_event_stream(attacker: Attacker) -> Outcome:
 @attack("browsers")
 def script_of_unknown_origin(attacker: Attacker) -> Outcome:
     """JSONP without Origin, Referer and Sec-Fetch-Site, which any page can send to a plain HTTP host."""
-    path = "/cometd?jsonp=steal&message=" + "%5B%7B%22channel%22%3A%22/meta/handshake%22%2C%22version%22%3A%221.0%22%7D%5D"
+    path = "/cometd?jsonp=steal&message=" + urllib.parse.quote(encode([HANDSHAKE]))
     status = attacker.open().request(get(path)).status
     own = attacker.open().request(get(path, "Sec-Fetch-Site: same-origin\r\n")).status
     faults = ["a foreign page can read events"] if status == 200 else []
@@ -1169,9 +1191,8 @@ def script_of_unknown_origin(attacker: Attacker) -> Outcome:
 @attack("browsers")
 def rebound_name(attacker: Attacker) -> Outcome:
     """A page of evil.example, whose name its owner has pointed at 127.0.0.1."""
-    upgrade = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: "
-    requests = {"batch": post(encode([HANDSHAKE])), "file": get("/index.html"), "page": get("/exits"),
-                "WebSocket": get("/cometd", upgrade + base64.b64encode(bytes(16)).decode() + "\r\n")}
+    requests = {"batch": post(encode([HANDSHAKE])), "file": get("/index.html"), "page": get("/page"),
+                "WebSocket": get("/cometd", UPGRADE)}
     statuses = {name: attacker.open().request(text.replace(b"Host: 127.0.0.1", b"Host: evil.example")).status
                 for name, text in requests.items()}
     own = attacker.open().request(requests["batch"].replace(b"Host: 127.0.0.1", b"Host: localhost:80")).status
@@ -1186,18 +1207,21 @@ def controls_in_the_log(attacker: Attacker) -> Outcome:
     evil = "\x1b]0;evil\x07 \x85FORGED \x9b31m \x7f \r\nFORGED \u2028FORGED"
     ids, connection = attacker.open().session(), attacker.open()
     batches = [[HANDSHAKE | {"channel": evil}], [connect(evil)], [subscribe(ids, evil)], [subscribe(evil, "/a")],
-               [publish(ids, "/service/" + evil, evil)], [publish(ids, "/a" + evil, 0)], [HANDSHAKE | {"version": evil}],
-               [HANDSHAKE | {"supportedConnectionTypes": [evil]}], [{"channel": "/meta/" + evil, "id": evil}], [evil]]
+               [publish(ids, "/service/" + evil, evil)], [publish(ids, "/a" + evil, 0)],
+               [HANDSHAKE | {"version": evil}], [HANDSHAKE | {"supportedConnectionTypes": [evil]}],
+               [{"channel": "/meta/" + evil, "id": evil}], [evil]]
     for batch in batches:
         with contextlib.suppress(OSError):
             connection.request(post(encode(batch)))
     raw = "\x1b[31m\x85FORGED\x9b\x7f\x01"
-    for text in (get("/" + raw), get("/\x85\x9bFORGED"), get("/cometd?jsonp=" + raw), get("/x", f"Origin: http://{raw}\r\n"),
-                 get("/cometd", "Origin: http://a\x85\x9bFORGED\r\n"), get("/cometd", "Referer: http://\x85\x9b\r\n"),
-                 post(b"[]", "Transfer-Encoding: \x85\x9b\r\n"), get("/", "X-Forwarded-For: \x85\x9b\r\n"),
-                 get("/%1b%5b31m%0d%0aFORGED"), f"{raw} / HTTP/1.1\r\n\r\n".encode("latin-1"),
-                 get("/", "Host: \x85\x9bFORGED\r\n").replace(b"Host: 127.0.0.1\r\n", b"")):
-        with contextlib.suppress(OSError, TypeError):
+    headers = [f"Origin: http://{raw}", "Origin: http://a\x85\x9bFORGED", "Referer: http://\x85\x9b",
+               "Expect: \x85\x9b", "Transfer-Encoding: \x85\x9b", "X-Forwarded-For: \x85\x9b", "Upgrade: \x85\x9b"]
+    targets = ["/" + raw, "/\x85\x9bFORGED", "/cometd?jsonp=" + raw, "/%1b%5b31m%0d%0aFORGED", "/%c2%85%c2%9bFORGED"]
+    texts = [get(target) for target in targets] + [get("/cometd", header + "\r\n") for header in headers]
+    texts.append(get("/").replace(b"127.0.0.1", b"\x85\x9bFORGED"))
+    texts.append(get("/").replace(b"GET", raw.encode("latin-1")))
+    for text in texts:
+        with contextlib.suppress(OSError):
             attacker.open(patience=1.0).request(text)
     with contextlib.suppress(OSError):
         attacker.open_websocket().socket.sendall(frame(struct.pack("!H", 4000) + evil.encode(), 8))
@@ -1251,7 +1275,7 @@ class Row:
         """Each bound that was broken, in words."""
         texts = list(self.outcome.faults)
         if self.back is None:
-            texts.append("the server is dead")
+            texts.append("no newcomer is served afterwards")
         for name, account in (("bystander", self.bystander), ("office", self.office))[:1 + bounds.office]:
             if account.ended:
                 texts.append(f"the {name}'s session is ended")
@@ -1272,7 +1296,7 @@ def run_attacker(attack: Attack, attacker: Attacker, pipe: Any) -> None:
         outcome = attack.carry_out(attacker)
         outcome = Outcome(outcome) if isinstance(outcome, str) else outcome
     except (OSError, KeyError, IndexError) as error:
-        outcome = Outcome(f"broke off: {type(error).__name__} {error}")
+        outcome = Outcome(f"broke off: {type(error).__name__} {error}")     # the server refuses, or hangs
     pipe.send(outcome)
 
 
@@ -1327,7 +1351,8 @@ def carry_out(attack: Attack, settings: argparse.Namespace, folder: pathlib.Path
         process, pipe = start(run_attacker, attack, attacker)
         while time.monotonic() < began + seconds + PATIENCE and not pipe.poll(0.05):
             server.watch_threads()
-        outcome = receive(process, pipe, 0.0, Outcome("no answer"))
+        outcome = receive(process, pipe, 0.0, Outcome("no answer", ["the attack itself failed"] * bool(pipe.poll())))
+        time.sleep(max(0.0, began + SHORTEST - time.monotonic()))
         back = time_to_recover(server.place)
         server.watch_threads()
         peak, spent = server.status("VmHWM"), server.cpu_seconds() - cpu
@@ -1356,8 +1381,8 @@ def plain_line(row: Row, bounds: Bounds) -> str:
 def markdown_line(row: Row, bounds: Bounds) -> str:
     pings, idle = row.pings(row.bystander), row.pings(row.bystander, is_during=False)
     back = "never" if row.back is None else f"{row.back:.1f} s"
-    cells = [row.attack.text.rstrip("."), f"{pings[-1]:,.0f} ms ({idle[-1]:,.0f})", f"{row.pings(row.office)[-1]:,.0f} ms",
-             f"{max(0.0, row.memory):,.0f} MiB", back, row.outcome.gets,
+    cells = [row.attack.text.rstrip("."), f"{pings[-1]:,.0f} ms ({idle[-1]:,.0f})",
+             f"{row.pings(row.office)[-1]:,.0f} ms", f"{max(0.0, row.memory):,.0f} MiB", back, row.outcome.gets,
              "; ".join(row.broken(bounds)) or "holds"]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -1373,7 +1398,8 @@ def make_parser() -> argparse.ArgumentParser:
                                      description=__doc__)
     parser.add_argument("--server", type=pathlib.Path, default=MODULE, metavar="PATH",
                         help="the module to attack (bayeux_server.py beside .ci)")
-    parser.add_argument("--only", action="append", metavar="NAME", help="an attack, or a group of them; may be repeated")
+    parser.add_argument("--only", action="append", metavar="NAME",
+                        help="an attack, or a group of them; may be repeated")
     parser.add_argument("--list", action="store_true", help="list the attacks and what each does")
     parser.add_argument("--seconds", type=float, help="how long an attack goes on (3; 1 with --quick)")
     parser.add_argument("--quick", action="store_true", help="shorter attacks, smaller crowds")
@@ -1418,7 +1444,12 @@ def main() -> int:
         for each in attacks:
             print(f"{each.group:12} {each.name:28} {each.text}")
         return 0
-    settings.seconds = settings.seconds or (1.0 if settings.quick else 3.0)
+    if settings.seconds is None:
+        settings.seconds = 1.0 if settings.quick else 3.0
+    elif not settings.seconds > 0:
+        parser.error(f"--seconds is {settings.seconds:g}: it must be more than 0")
+    if not settings.server.is_file():
+        parser.error(f"--server is {str(settings.server)!r}: there is no such file")
     hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     bounds = Bounds(settings.max_ping, settings.max_memory, settings.office)
