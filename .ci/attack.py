@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Attacks bayeux_server.py on this machine, and measures what one client can cost the others.
+"""Attacks bayeux_server.py on this machine, and measures the harm that one client can do to the others.
 
     python .ci/attack.py                            all attacks, in less than four minutes
     python .ci/attack.py --quick --check            shorter attacks; exit status 1 if a bound is broken
-    python .ci/attack.py --list                     the attacks' names, and what each one does
+    python .ci/attack.py --list                     the attacks: the group, the name and the deed of each
     python .ci/attack.py --only zeros --only heads  two of them
     python .ci/attack.py --server old.py --markdown another copy of the server; the table as README has it
 
@@ -16,15 +16,15 @@ Each attack meets a server of its own, in a process of its own, that listens on 
     the crowd        Sessions of other people, at 127.1.0.0/16, where an attack needs subscribers.
     the newcomer     Afterwards, at 127.0.0.4, it asks for a session, a file and a service, until it gets all three.
 
-What the table says:
+The columns of the table:
 
     ping             The longest wait of the bystander for the answer to one ping, in ms. A ping that fails is sent
                      again, and its time goes on. "idle" is the longest one before the attack: the control.
-    memory           The most resident memory that the server had during the attack, less what it had before, in MiB.
+    memory           The server's most resident memory during the attack, less its memory before, in MiB.
     cpu, log         Seconds of processor time that the attack cost the server, and KiB of log that it wrote.
     threads          The most threads that the server had.
     back             Seconds after the attack until the newcomer was served; "never" after 15 s.
-    attacker gets    HTTP statuses and closed connections, counted, or what the attack has to say.
+    attacker gets    HTTP statuses and closed connections, counted, or the attack's own words.
     verdict          "holds", or each bound that was broken.
 
 The attacker runs at a lower priority, since the three processes share the machine's cores: a ping is to wait for the
@@ -165,7 +165,7 @@ def serve(settings: dict) -> None:
 
 
 class Server:
-    """The server's process, and what /proc tells of it."""
+    """The server's process, with its figures in /proc."""
 
     def __init__(self, module: pathlib.Path, attack: Attack, folder: pathlib.Path) -> None:
         options = dict(attack.options)
@@ -204,7 +204,8 @@ class Server:
 
     def forget_peak(self) -> int:
         """Begin VmHWM anew. Returns the resident memory now, in KiB."""
-        pathlib.Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+        with contextlib.suppress(OSError):      # not every container allows it; then the peak of the start counts too
+            pathlib.Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
         return self.status("VmRSS")
 
     def cpu_seconds(self) -> float:
@@ -380,7 +381,7 @@ def publish(client_id: str, channel: str, data: Any) -> dict:
 
 
 class Lane:
-    """One connection of a flood, and what is left to send on it."""
+    """One connection of a flood, and the bytes that it has still to send."""
 
     def __init__(self, text: bytes, open_one: Callable[[], Connection]) -> None:
         self.text = self.left = memoryview(text)
@@ -392,7 +393,7 @@ class Flood:
     """Many connections that send at once, as fast as the server takes it.
 
     Arguments:
-        texts: what each connection sends.
+        texts: the bytes that each connection sends.
         open_one: makes a connection.
         is_endless: a connection that has sent all begins again, without waiting for an answer.
         reads: answers are read and counted; else they pile up.
@@ -408,7 +409,7 @@ class Flood:
         self.taken = 0                  # bytes
 
     def run(self, until: float) -> str:
-        """Flood until then. Returns what the attacker gets."""
+        """Flood until then. Returns the column "attacker gets"."""
         for lane in self.lanes:
             if time.monotonic() < until:
                 self.open(lane)
@@ -481,6 +482,7 @@ class Bystander:
     def __init__(self, place: Place, address: str) -> None:
         self.place, self.address = place, address
         self.pings: list[tuple[float, float]] = []      # when each was due, and how long its answer took
+        self.due = time.monotonic()                     # of the ping under way
         self.published: list[int] = []
         self.received: collections.Counter[int] = collections.Counter()
         self.ended: str | None = None
@@ -525,7 +527,7 @@ class Bystander:
         connection, count = None, 0
         while not self.is_over.is_set():
             count += 1
-            due = time.monotonic()
+            due = self.due = time.monotonic()
             connection = self.ping(connection)
             self.pings.append((due, time.monotonic() - due))
             if count % PUBLISH_EVERY == 0 and self.ended is None:
@@ -559,7 +561,7 @@ class Bystander:
 
 @dataclasses.dataclass
 class Account:
-    """What a bystander has to tell in the end."""
+    """The figures of a bystander at the end."""
 
     pings: list[tuple[float, float]] = dataclasses.field(default_factory=list)
     lost: int = 0
@@ -586,6 +588,8 @@ def stand_by(place: Place, address: str, pipe: Any) -> None:
             os._exit(1)
     bystander.is_over.set()
     pinging.join(PATIENCE + 1)
+    if pinging.is_alive():
+        bystander.pings.append((bystander.due, time.monotonic() - bystander.due))
     listening.join(SETTLING + 2)
     pipe.send(Account(bystander.pings, 0 if bystander.ended else bystander.missing(),
                       sum(count > 1 for count in bystander.received.values()), bystander.ended,
@@ -596,14 +600,14 @@ def stand_by(place: Place, address: str, pipe: Any) -> None:
 
 @dataclasses.dataclass
 class Outcome:
-    """What the attacker gets, and what it should not have got."""
+    """The column "attacker gets", and the faults that the attack found by itself."""
 
     gets: str
     faults: list[str] = dataclasses.field(default_factory=list)
 
 
 class Attacker:
-    """What all attacks can do. The clock of an attack begins with begin(), when it is prepared."""
+    """The means of every attack. Its time begins with begin(), when its preparations are made."""
 
     def __init__(self, place: Place, seconds: float, is_quick: bool, log_file: pathlib.Path, seed: int) -> None:
         self.place, self.seconds, self.is_quick, self.log_file = place, seconds, is_quick, log_file
@@ -717,7 +721,7 @@ ATTACKS: dict[str, Attack] = {}
 
 def attack(group: str, options: dict[str, Any] | None = None, application: Iterable[str] = (), files: int = 0,
            log_pipe: bool = False, tls: bool = False) -> Callable:
-    """Decorator: the function is an attack; its docstring says what the attacker does."""
+    """Decorator: the function is an attack; its docstring describes it."""
     def register(function: Callable) -> Callable:
         name = function.__name__.replace("_", "-")
         ATTACKS[name] = Attack(name, group, function, options or {}, list(application), files, log_pipe, tls)
@@ -738,7 +742,7 @@ def one_post_of_publishes(attacker: Attacker) -> Outcome:
 
 
 def crowd_outcome(attacker: Attacker, readers: Readers, gets: str) -> Outcome:
-    """No subscriber that keeps up may be ended. What is under way arrives first."""
+    """No subscriber that keeps up may be ended. Events under way arrive first."""
     quiet = -1
     while readers.received != quiet:
         quiet = readers.received
@@ -1124,7 +1128,7 @@ def full_office(attacker: Attacker) -> Outcome:
             refused[message["channel"]] += not is_taken
     faults = [f"{count} of 11 {'publishes' if channel == '/office' else 'disconnects'} are refused"
               for channel, count in refused.items() if count]
-    return Outcome("what everybody gets" if not faults else "refusals", faults)
+    return Outcome("200, as everybody" if not faults else "refusals", faults)
 
 
 # -- §10  Attacks on connections, by browsers, and on the log ---------------------------------------------------------
@@ -1245,7 +1249,7 @@ def unread_log(attacker: Attacker) -> str:
 
 @dataclasses.dataclass
 class Bounds:
-    """What no attack may cost the others."""
+    """The most that an attack may cost the others."""
 
     ping: float         # ms
     memory: float       # MiB
@@ -1254,7 +1258,7 @@ class Bounds:
 
 @dataclasses.dataclass
 class Row:
-    """What was measured of one attack."""
+    """The figures of one attack."""
 
     attack: Attack
     outcome: Outcome
@@ -1310,7 +1314,7 @@ def start(function: Callable, *arguments: Any) -> tuple[Any, Any]:
 
 
 def receive(process: Any, pipe: Any, patience: float, otherwise: Any) -> Any:
-    """What the process has to say, within its patience; then it is ended."""
+    """The process's report, if it comes within this patience. Then the process is ended."""
     try:
         return pipe.recv() if pipe.poll(patience) else otherwise
     except EOFError:
@@ -1336,9 +1340,9 @@ def time_to_recover(place: Place) -> float | None:
 
 
 def carry_out(attack: Attack, settings: argparse.Namespace, folder: pathlib.Path) -> Row:
-    """Start a server, let the bystanders begin, attack, look what is left."""
+    """Start a server, let the bystanders begin, attack, and take the figures."""
     server = Server(settings.server, attack, folder)
-    seconds, bystanders, accounts = settings.seconds, [], []
+    seconds, bystanders = settings.seconds, []
     try:
         bystanders = [start(stand_by, server.place, address) for address in (BYSTANDER, ATTACKER)]
         for _, pipe in bystanders:
@@ -1359,7 +1363,7 @@ def carry_out(attack: Attack, settings: argparse.Namespace, folder: pathlib.Path
         for _, pipe in bystanders:
             with contextlib.suppress(OSError):
                 pipe.send(None)
-        accounts = [receive(*each, PATIENCE + SETTLING, Account(ended="no answer")) for each in bystanders]
+        accounts = [receive(*each, 2 * PATIENCE, Account(ended="no answer")) for each in bystanders]
         return Row(attack, outcome, *accounts, began, (peak - memory) / 1024, spent,
                    server.log_file.stat().st_size - log, server.threads, back)
     finally:
@@ -1400,15 +1404,18 @@ def make_parser() -> argparse.ArgumentParser:
                         help="the module to attack (bayeux_server.py beside .ci)")
     parser.add_argument("--only", action="append", metavar="NAME",
                         help="an attack, or a group of them; may be repeated")
-    parser.add_argument("--list", action="store_true", help="list the attacks and what each does")
+    parser.add_argument("--list", action="store_true", help="list the attacks")
     parser.add_argument("--seconds", type=float, help="how long an attack goes on (3; 1 with --quick)")
     parser.add_argument("--quick", action="store_true", help="shorter attacks, smaller crowds")
     parser.add_argument("--markdown", action="store_true", help="the table for README")
     parser.add_argument("--check", action="store_true", help="exit status 1 if a bound is broken")
+    parser.add_argument("--again", action="store_true",
+                        help="carry out an attack that broke a bound once more, and count that one, as other programs "
+                             "on the machine delay pings too")
     parser.add_argument("--max-ping", type=float, default=250, metavar="MS", help="bound of a ping (250)")
     parser.add_argument("--max-memory", type=float, default=64, metavar="MIB", help="bound of memory (64)")
     parser.add_argument("--office", action="store_true", help="the bounds hold at the attacker's address too")
-    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of what is random (printed)")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of the random numbers (printed)")
     parser.add_argument("--serve", metavar="SETTINGS", help=argparse.SUPPRESS)
     return parser
 
@@ -1439,6 +1446,8 @@ def main() -> int:
     settings = parser.parse_args()
     if settings.serve:
         serve(json.loads(settings.serve))
+    if not sys.platform.startswith("linux"):
+        parser.error(f"this is {sys.platform}: the figures come from /proc, and the addresses of 127.0.0.0/8, of Linux")
     attacks = chosen(parser, settings.only)
     if settings.list:
         for each in attacks:
@@ -1463,6 +1472,8 @@ def main() -> int:
                 print(f"({each.name} is left out: it needs openssl)", flush=True)
                 continue
             row = carry_out(each, settings, pathlib.Path(name))
+            if settings.again and row.broken(bounds):
+                row = carry_out(each, settings, pathlib.Path(name))
             broken += [each.name] * bool(row.broken(bounds))
             print((markdown_line if settings.markdown else plain_line)(row, bounds), flush=True)
     print(f"\n{len(attacks) - len(broken)} of {len(attacks)} hold, in {time.monotonic() - began:.0f} s"
@@ -1471,4 +1482,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("attack.py: stopped")
