@@ -420,7 +420,8 @@ class Flood:
 
     def gets(self) -> str:
         counts = [f"{what} x {count:,}" for what, count in self.seen.most_common(4)]
-        return ", ".join(counts) or ("no answer; " if self.reads else "") + f"{self.taken / MIB:,.0f} MiB taken"
+        taken = [f"{self.taken / MIB:,.0f} MiB taken"] if self.taken >= MIB else []
+        return ", ".join(counts) or "; ".join(["no answer"] * self.reads + taken)
 
     def open(self, lane: Lane) -> None:
         try:
@@ -1436,9 +1437,9 @@ def prepare(folder: pathlib.Path) -> bool:
         file.truncate(20_000_000)
     if shutil.which("openssl") is None:
         return False
-    return subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
-         "-keyout", folder / "key.pem", "-out", folder / "cert.pem"], capture_output=True, check=False).returncode == 0
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+               "-days", "2", "-subj", "/CN=localhost", "-keyout", folder / "key.pem", "-out", folder / "cert.pem"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def main() -> int:
