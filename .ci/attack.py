@@ -22,6 +22,8 @@ The columns of the table:
                      again, and its time goes on. "idle" is the longest one before the attack: the control.
     memory           The server's most resident memory during the attack, less its memory before, in MiB.
     cpu, log         Seconds of processor time that the attack cost the server, and KiB of log that it wrote.
+    wait             Seconds that the server's threads waited for a core. A ping waits too then, and not for the attack
+                     alone: on a busy machine this figure tells, and --again helps.
     threads          The most threads that the server had.
     back             Seconds after the attack until the newcomer was served; "never" after 15 s.
     attacker gets    HTTP statuses and closed connections, counted, or the attack's own words.
@@ -214,6 +216,14 @@ class Server:
         except OSError:
             return 0.0
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def starved_seconds(self) -> float:
+        """The time that its threads have waited for a core; 0 where the kernel does not count it."""
+        nanoseconds = 0
+        for file in pathlib.Path(f"/proc/{self.process.pid}/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError, IndexError):
+                nanoseconds += int(file.read_text().split()[1])
+        return nanoseconds / 1e9
 
     def watch_threads(self) -> None:
         self.threads = max(self.threads, self.status("Threads"))
@@ -1268,6 +1278,7 @@ class Row:
     began: float
     memory: float
     cpu: float
+    starved: float
     log: int
     threads: int
     back: float | None
@@ -1350,7 +1361,8 @@ def carry_out(attack: Attack, settings: argparse.Namespace, folder: pathlib.Path
             if pipe.poll(PATIENCE):
                 pipe.recv()
         time.sleep(0.4 if settings.quick else 1.0)
-        memory, cpu, log = server.forget_peak(), server.cpu_seconds(), server.log_file.stat().st_size
+        memory, cpu, starved = server.forget_peak(), server.cpu_seconds(), server.starved_seconds()
+        log = server.log_file.stat().st_size
         attacker = Attacker(server.place, seconds, settings.quick, server.log_file, settings.seed)
         began = time.monotonic()
         process, pipe = start(run_attacker, attack, attacker)
@@ -1360,12 +1372,12 @@ def carry_out(attack: Attack, settings: argparse.Namespace, folder: pathlib.Path
         time.sleep(max(0.0, began + SHORTEST - time.monotonic()))
         back = time_to_recover(server.place)
         server.watch_threads()
-        peak, spent = server.status("VmHWM"), server.cpu_seconds() - cpu
+        peak, cpu, starved = server.status("VmHWM"), server.cpu_seconds() - cpu, server.starved_seconds() - starved
         for _, pipe in bystanders:
             with contextlib.suppress(OSError):
                 pipe.send(None)
         accounts = [receive(*each, 2 * PATIENCE, Account(ended="no answer")) for each in bystanders]
-        return Row(attack, outcome, *accounts, began, (peak - memory) / 1024, spent,
+        return Row(attack, outcome, *accounts, began, (peak - memory) / 1024, cpu, max(0.0, starved),
                    server.log_file.stat().st_size - log, server.threads, back)
     finally:
         for process, _ in bystanders:
@@ -1379,8 +1391,9 @@ def plain_line(row: Row, bounds: Bounds) -> str:
     pings, idle = row.pings(row.bystander), row.pings(row.bystander, is_during=False)
     back = "never" if row.back is None else f"{row.back:.1f}"
     return (f"{row.attack.name:28}{pings[len(pings) // 2]:6.1f}{pings[len(pings) * 99 // 100]:7.0f}{pings[-1]:8,.0f}"
-            f"{idle[-1]:6.0f}{row.pings(row.office)[-1]:8,.0f}{row.memory:8,.1f}{row.cpu:6.1f}{row.log / 1024:8,.0f}"
-            f"{row.threads:5}{back:>7}  {'; '.join(row.broken(bounds)) or 'holds'}\n{'':28}  ({row.outcome.gets})")
+            f"{idle[-1]:6.0f}{row.pings(row.office)[-1]:8,.0f}{row.memory:8,.1f}{row.cpu:6.1f}{row.starved:6.1f}"
+            f"{row.log / 1024:8,.0f}{row.threads:5}{back:>7}  {'; '.join(row.broken(bounds)) or 'holds'}"
+            f"\n{'':28}  ({row.outcome.gets})")
 
 
 def markdown_line(row: Row, bounds: Bounds) -> str:
@@ -1392,8 +1405,8 @@ def markdown_line(row: Row, bounds: Bounds) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-PLAIN_HEAD = (f"{'attack':28}{'p50':>6}{'p99':>7}{'ping':>8}{'idle':>6}{'office':>8}{'memory':>8}{'cpu':>6}{'log':>8}"
-              f"{'thr':>5}{'back':>7}  verdict\n{'':28}  (what the attacker gets)")
+PLAIN_HEAD = (f"{'attack':28}{'p50':>6}{'p99':>7}{'ping':>8}{'idle':>6}{'office':>8}{'memory':>8}{'cpu':>6}{'wait':>6}"
+              f"{'log':>8}{'thr':>5}{'back':>7}  verdict\n{'':28}  (what the attacker gets)")
 MARKDOWN_HEAD = ("| attack | bystander's longest ping (idle) | at the attacker's address | memory | back after | "
                  "attacker gets | verdict |\n|---|---|---|---|---|---|---|")
 
