@@ -158,6 +158,8 @@ KEEP_ALIVE = 75.0                       # seconds an idle connection is kept; ng
 LINGER = 2.0                            # seconds to let a refused client read why
 LINES_KEPT = 10_000                     # of a log whose reader stands still; some 10 MB
 LOG_PATIENCE = 1.0                      # seconds that the end waits for such a reader
+SILENT_CONNECTIONS = 1000               # of one address, at most, on which nothing is held or streamed
+SELECT_LIMIT = 512                      # sockets that select() bears on Windows; other systems have better
 ACCEPT_BACKLOG = 1024                   # connections the kernel queues; socketserver's 5 drops some
 RECEIVE_SIZE = 64 * 1024                # bytes read from a socket, or from a file, at a time
 TURN = 0.005                            # seconds that a request may compute before others have their turn
@@ -3161,11 +3163,44 @@ class FrameReader:
 # number may be another client's by then).
 #
 # Handler threads are shared out by address: no address has more than half of them at once, its
-# other requests wait in its own line, and the lines take turns.  While none comes free, as each
+# other # requests wait in its own line, and the lines take turns.  While none comes free, as each
 # is stuck in the application's code, a request that needs one is refused with 503 at once; all
 # that needs none goes on.
+#
+# Sockets are shared out, too: an address keeps so many connections on which no connect is held and
+# nothing is streamed.  One more costs it the one that has been silent longest; nobody who lives is
+# locked out.
 # ======================================================================================
 
+def file_limit() -> float:
+    """How many file descriptors this process may have; every client takes one."""
+    try:
+        import resource
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return math.inf if limit == resource.RLIM_INFINITY else limit
+    except (ImportError, OSError):
+        return math.inf                 # Windows has no such limit
+
+
+def raise_file_limit() -> None:
+    """Most systems give a program 1,024 file descriptors, or 256, until it asks for more."""
+    try:
+        import resource
+        hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    except (ImportError, OSError):
+        return
+    # macOS calls its hard limit infinite, and then refuses more than kern.maxfilesperproc, or OPEN_MAX, 10,240.
+    highest = math.inf if hard_limit == resource.RLIM_INFINITY else hard_limit
+    for wanted in (hard_limit, 1 << 20, 1 << 17, 61_440, 24_576, 10_240, 4096):
+        if wanted == hard_limit or file_limit() < wanted < highest:
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard_limit))
+                return
+            except (OSError, ValueError):
+                pass                    # the next one is less
+
+
+NO_MORE_FILES = (errno.EMFILE, errno.ENFILE)
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -3306,7 +3341,8 @@ class Connection:
     """A client's socket, parked or not.
 
     Its protocol is told of what happens: consume(connection) when bytes have come into input,
-    expired(connection) when its deadline is over, lost(connection) when it is closed.
+    expired(connection) when its deadline is over, lost(connection) when it is closed.  It tells how many bytes it
+    keeps for it, kept_input(connection), and whether a client waits there for events, is_kept_open(connection).
     """
 
     __slots__ = ("address", "deadline", "exchange", "group", "handled_size", "idle_time", "input", "is_arriving",
@@ -3572,15 +3608,22 @@ class Watch:
         threads: to which it hands over what may take its time.
         patience: seconds a peer may take to send a request, or to take in an answer.
         memory, turns: see §3.
+        kept_open: how many connections an address keeps open, on which a connect is held or something is
+            streamed; None: there is no limit by address.
     """
 
     def __init__(self, listener: socket.socket, accept: Callable[[], None], deliver: Callable[[], bool],
                  threads: HandlerThreads, patience: float, logger: logging.Logger, memory: Memory,
-                 turns: Turns) -> None:
+                 turns: Turns, kept_open: Callable[[str], int] | None = None) -> None:
         self.patience = patience
         self.threads = threads
         self._deliver = deliver
         self.connections: set[Connection] = set()
+        # By address, where that has a limit: its connections, with the deadline of each when it was last looked at.
+        self._by_address: dict[str, dict[Connection, float]] = {}
+        self._kept_open = kept_open
+        self._warned = LastMinute(time.monotonic, 1)
+        self._most = self._most_silent = math.inf
         self._listener = listener
         self._accept = accept
         self._logger = logger
@@ -3607,10 +3650,56 @@ class Watch:
         self._selector.register(self._woken, selectors.EVENT_READ, None)
         threading.Thread(target=self._lead, name="bayeux leader", daemon=True).start()
 
+    def share_out_files(self) -> None:
+        """Find out how many connections there can be, in all, and silent ones of one address."""
+        if isinstance(self._selector, selectors.SelectSelector):
+            self._most = SELECT_LIMIT - 2           # the listener, and what wakes the leader
+        self._most_silent = max(1, min(SILENT_CONNECTIONS, file_limit() // 2, self._most // 2))
+
     def adopt(self, connection: Connection) -> None:
-        """Park a new connection."""
+        """Park a new connection.  If its address has too many, the one that has been silent longest goes."""
+        if self._kept_open is not None and connection.group:
+            neighbours = self._by_address.get(connection.group, {})
+            if len(neighbours) - self._kept_open(connection.group) >= self._most_silent:
+                self._close_silent(neighbours)
+            self._by_address.setdefault(connection.group, {})[connection] = connection.deadline
         self.connections.add(connection)
+        if len(self.connections) >= self._most:
+            self._warn("", "no more than %d connections: select() bears no more sockets", self._most)
+            self._next_sweep = 0.0
         self.resume(connection)
+
+    def _close_silent(self, neighbours: dict[Connection, float]) -> None:
+        silent = self._silent_longest(neighbours)
+        if silent is not None:
+            self._warn(silent.group, "%s has more than %d silent connections; those that are silent longest are closed "
+                       "(client_max_connections=0 lifts this limit)", silent.address, self._most_silent)
+            self.close(silent)
+
+    @staticmethod
+    def _silent_longest(neighbours: dict[Connection, float]) -> Connection | None:
+        """The connection of an address on which nothing has happened for longest.
+
+        They stand in the order in which they were looked at.  If something has happened since then, the deadline is
+        another.  Each that is looked at goes behind the others.  So as many are looked at as have been active, and
+        only one where many come and say nothing.  If all are busy, it is the first of those on which no client waits.
+        """
+        busy = None
+        for _ in range(2 * len(neighbours)):
+            connection = next(iter(neighbours))
+            deadline = neighbours.pop(connection)
+            neighbours[connection] = connection.deadline
+            if not connection.protocol.is_kept_open(connection):
+                if deadline == connection.deadline < math.inf:
+                    return connection
+                busy = busy or connection
+        return busy
+
+    def _warn(self, about: str, text: str, *arguments: Any) -> None:
+        """Once a minute."""
+        if not self._warned.count(about):
+            self._warned.note(about)
+            self._logger.warning(text, *arguments)
 
     def resume(self, connection: Connection) -> None:
         """Have the leader look at the connection again: to park it, to write on, to read what is left over."""
@@ -3826,13 +3915,23 @@ class Watch:
 
     def close(self, connection: Connection) -> None:
         self._watch_for(connection, 0)
-        self.connections.discard(connection)
+        self._forget(connection)
         connection.close()
         self.count(connection)
 
+    def _forget(self, connection: Connection) -> None:
+        if len(self.connections) >= self._most:
+            self._next_sweep = 0.0              # there is room again
+        self.connections.discard(connection)
+        neighbours = self._by_address.get(connection.group)
+        if neighbours is not None:
+            neighbours.pop(connection, None)
+            if not neighbours:
+                del self._by_address[connection.group]
+
     def _look_after_listener(self) -> None:
         wants = self._wants_accepting           # once: the thread that stops the server may change it meanwhile
-        is_due = wants and time.monotonic() >= self._accepts_from
+        is_due = wants and time.monotonic() >= self._accepts_from and len(self.connections) < self._most
         if is_due and not self._is_accepting:
             self._selector.register(self._listener, selectors.EVENT_READ, None)
         elif self._is_accepting and not is_due:
@@ -4289,6 +4388,9 @@ class HttpStream(Stream):
         """Bytes of what has come so far and is not complete."""
         return 0
 
+    def is_kept_open(self, connection: Connection) -> bool:
+        return True
+
     def lost(self, connection: Connection) -> None:
         self._http.core.forget_stream(self)
 
@@ -4598,6 +4700,10 @@ class HttpTransport:
         """Bytes of a body of which the rest has not come."""
         request = connection.request
         return request.chunks.size if request and request.chunks else len(request.body) if request else 0
+
+    def is_kept_open(self, connection: Connection) -> bool:
+        exchange = connection.exchange          # once: another thread may answer it
+        return isinstance(exchange, HttpExchange) and exchange.hold is not None
 
     def expired(self, connection: Connection) -> None:
         if not connection.input and connection.request is None:
@@ -5209,8 +5315,9 @@ class Files:
         try:
             return self._respond(request)
         except (ValueError, OSError) as error:      # ValueError: a name that no file can have
-            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-                raise HTTPFault(503, "Too many files are open", Retry_After=str(BUSY_RETRY)) from None
+            if isinstance(error, OSError) and error.errno in NO_MORE_FILES:
+                raise HTTPFault(503, "The server has too many files open - try again later",
+                                Retry_After=str(BUSY_RETRY)) from None
             raise HTTPFault(404, "No such file") from None
 
     def _respond(self, request: Request) -> Response:
@@ -5539,7 +5646,7 @@ def make_printable(record: logging.LogRecord) -> bool:
     """A filter of a logger, which lets everything pass.  A traceback is indented: its lines are none of the log."""
     try:
         message = record.getMessage()
-    except APPLICATION_FAULTS:
+    except (KeyError, TypeError, ValueError):
         return True                     # a wrong call of the logger; the handlers will say so
     if not message.isprintable():
         record.msg, record.args = printable(message), None
@@ -5627,7 +5734,8 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         self._handler_threads = HandlerThreads(options.max_threads - 1, self.logger, has_limits)
         self.socket.setblocking(False)
         self.watch = Watch(self.socket, self._handle_request_noblock, self._deliver_before_reading,
-                           self._handler_threads, options.request_timeout, self.logger, self.memory, turns)
+                           self._handler_threads, options.request_timeout, self.logger, self.memory, turns,
+                           (lambda group: self.core.kept_open.get(group, 0)) if has_limits else None)
         self.core = Bayeux(options, self.logger, self._handler_threads.run, self._deliver_here,
                            self.watch.after_next_look, time.monotonic, self.memory, turns)
         self.http = HttpTransport(options, self.core, self.watch, self.logger, is_loopback(self.server_address[0]))
@@ -5729,6 +5837,8 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
                 raise RuntimeError("the server has been shut down; make another")
             if not self._has_started:
                 self._has_started = True
+                raise_file_limit()
+                self.watch.share_out_files()
                 self._wait.start()
                 self.watch.start()
         return self
@@ -5852,7 +5962,7 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         try:
             return super().get_request()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
+            if error.errno in NO_MORE_FILES:
                 self.logger.error("no more connections: %s (ulimit -n)", error.strerror)
                 self.watch.pause_accepting()
             raise
@@ -6065,16 +6175,6 @@ class Unbuffered:
             data = data[self._write(data) or len(data):]    # None: it takes nothing now, and is not waited for
 
 
-def raise_file_limit() -> None:
-    """Every client takes a file descriptor, and most systems give a program 1,024 until it asks for more."""
-    try:
-        import resource
-        hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
-    except (ImportError, OSError, ValueError):
-        pass                            # Windows has no such limit; macOS does not let everybody raise it so far
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run a server until SIGINT or SIGTERM.  Returns the exit status: 0, 1 (cannot listen); 2 is argparse's."""
     parser = make_parser()
@@ -6100,7 +6200,6 @@ def run(server: BayeuxServer, is_bare: bool) -> None:
     """Serve until SIGINT or SIGTERM."""
     if not is_bare:
         Demo(server)
-    raise_file_limit()
     requests_to_stop: queue.SimpleQueue = queue.SimpleQueue()   # an Event's lock could be held by who is interrupted
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: requests_to_stop.put(number))
