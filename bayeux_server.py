@@ -286,7 +286,7 @@ class ChannelRegistry:
 # ======================================================================================
 
 # Shares of max_memory, and what they are with its default of 512 MiB:
-SESSION_SHARE = 32                      # 16 MiB of events that one session has not fetched
+SESSION_SHARE = 64                      # 8 MiB of events that one session has not fetched
 MAILBOX_SHARE = 32                      # 16 MiB of events that a local client, or the listeners, have not handled
 CONNECTION_SHARE = 32                   # 16 MiB that one connection has not taken in, or not sent to its end
 ADDRESS_SHARE = 16                      # 32 MiB that the connections and subscriptions of one address keep
@@ -3830,8 +3830,9 @@ class Watch:
             connection = self._handled.popleft()
             connection.is_handled, connection.handled_size = False, 0
             self._attend(connection, self._look_again)
-        for _ in range(len(self._resumed)):
-            self._attend(self._resumed.popleft(), self._look_again)
+        # Each once a round, however often it was resumed, or one that is resumed by each look would soon be all there is.
+        for connection in dict.fromkeys([self._resumed.popleft() for _ in range(len(self._resumed))]):
+            self._attend(connection, self._look_again)
         if time.monotonic() >= self._next_sweep:
             self._sweep()
 

@@ -5552,6 +5552,22 @@ class TestConnections:
             wire.post(PING)
             assert wire.is_closed_by_server()
 
+    def test_a_connection_is_looked_at_once_a_round_however_often_it_was_resumed(self, server, monkeypatch):
+        """One that has more to read resumes itself with each look; two such entries would be four, and then all there is."""
+        looks, may_go_on = [], threading.Event()
+        look_again = server.watch._look_again
+        with Wire(server) as wire:
+            wire.post(PING)
+            connection, = server.watch.connections
+            monkeypatch.setattr(server.watch, "_look_again", lambda each: (looks.append(each), look_again(each)))
+            server.watch.do_soon(lambda: may_go_on.wait(PATIENCE))
+            for _ in range(100):
+                server.watch.resume(connection)
+            may_go_on.set()
+            wait_until(lambda: looks and not server.watch._resumed, "the look")
+            assert wire.post(PING)[0]["successful"]
+        assert looks.count(connection) <= 3         # the rounds before and behind the one that was held up
+
     def test_a_held_connect_is_not_late(self, serve):
         with Peer(serve(request_timeout=0.2, timeout=0.5)) as peer:
             assert events_of(peer.connect()) == []
