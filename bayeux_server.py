@@ -4005,7 +4005,11 @@ FIELD_NAME = re.compile(TOKEN)
 FIELD_NAMES = re.compile(rf"{TOKEN}(?:[ \t]*,[ \t]*{TOKEN})*")
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
+#   RFC 9112, "Chunked Transfer Coding": a size, then ;name or ;name=value, which we throw away like the trailers
+QUOTED_STRING = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+CHUNK_EXTENSION = rf"[ \t]*;[ \t]*{TOKEN}(?:[ \t]*=[ \t]*(?:{TOKEN}|{QUOTED_STRING}))?"
+CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:{CHUNK_EXTENSION})*".encode("latin-1"))
+TRAILER = re.compile(rf"{TOKEN}:[\t -~\x80-\xff]*".encode("latin-1"))
 #   RFC 9110, "Range Requests": one range, first-last, first- or -suffix
 BYTE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 JSONP_CALLBACK = re.compile(r"[A-Za-z_$][A-Za-z0-9_$]*(?:\.[A-Za-z_$][A-Za-z0-9_$]*)*")
@@ -4019,6 +4023,9 @@ UTF8_NAMES = ("", "utf-8", "utf8", "us-ascii")
 JSON_TYPES = ("application/json", "text/json")
 LOOSE_TYPES = ("", "text/plain", "application/x-www-form-urlencoded")   # may hold JSON, or a form
 
+FINAL_STATUSES = range(200, 600)
+FRAMING_HEADERS = frozenset(("connection", "content-length", "date", "keep-alive", "trailer", "transfer-encoding"))
+CONTROL_IN_VALUE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -4139,25 +4146,36 @@ class Response:
     """A plain HTTP answer, for content handlers and post_handle, which may change every part of it.
 
     Attributes:
-        status: 200, 404, ...
-        headers: a dict; Content-Length, Date and Connection are the server's.
+        status: 200, 404, ...; from 200 to 599.
+        headers: a dict of texts, or of lists of texts where a header is sent several times (Set-Cookie).
+            What frames the answer is the server's: Content-Length, Transfer-Encoding, Connection and the
+            like, and Date, are left out here.
         body: text (sent as UTF-8), bytes, or a binary file of which length bytes are sent.
         length: of a file.
     """
 
     def __init__(self, body: str | bytes | BinaryIO = b"", status: int = 200,
-                 headers: Mapping[str, str] | None = None, length: int = 0) -> None:
+                 headers: Mapping[str, str | Sequence[str]] | None = None, length: int = 0) -> None:
         self.status = status
-        self.headers = dict(headers or {})
+        self.headers: dict[str, Any] = dict(headers or {})
         self.body = body
         self.length = length
 
     def check(self) -> None:
         """Raises TypeError for what cannot be sent."""
-        if not isinstance(self.status, int) or not all(isinstance(name, str) for name in self.headers):
-            raise TypeError("a response's status must be a number, and its headers' names texts")
+        if not is_number(self.status) or self.status not in FINAL_STATUSES:
+            raise TypeError(f"a response's status must be a number from 200 to 599, not {self.status!r}")
+        for name in self.headers:
+            if not isinstance(name, str) or header_name(name) is None:
+                raise TypeError(f"a response's headers must have names of letters, digits and -, not {name!r}")
         if not isinstance(self.body, (str, bytes, type(None))) and not hasattr(self.body, "read"):
             raise TypeError(f"a response's body must be text, bytes or a binary file, not {self.body!r}")
+
+    def header_lines(self) -> list[str]:
+        """The application's headers.  What would end a line, or the header, becomes a space."""
+        return [f"{name}: {CONTROL_IN_VALUE.sub(' ', str(value))}" for name, values in self.headers.items()
+                if name.lower() not in FRAMING_HEADERS
+                for value in (values if isinstance(values, (list, tuple)) else [values])]
 
 
 @lru_cache(maxsize=512)
@@ -4246,11 +4264,13 @@ class ChunkedBody:
     """Reads a body sent in chunks, as it comes.  (RFC 9112, "Chunked Transfer Coding")"""
 
     def __init__(self, limit: int) -> None:
+        """limit: of the body, in bytes; extensions and trailers have MAX_HEAD together."""
         self.body = bytearray()
         self.is_complete = False
         self._limit = limit
         self._buffer = bytearray()
         self._missing = 0               # bytes of the chunk that is being read
+        self._spare = MAX_HEAD          # bytes that extensions and trailers may still have
         self._read = self._read_size
 
     @property
@@ -4268,12 +4288,19 @@ class ChunkedBody:
     def _read_line(self) -> bytes | None:
         end = self._buffer.find(b"\r\n")
         if end < 0:
-            if len(self._buffer) > MAX_HEAD:
-                raise HTTPFault(400, f"A line between chunks is longer than {MAX_HEAD} bytes")
+            self._check_spare(len(self._buffer))
             return None
         line = bytes(self._buffer[:end])
         del self._buffer[:end + 2]
         return line
+
+    def _check_spare(self, used: int) -> None:
+        if used > self._spare:
+            raise HTTPFault(400, f"What is sent beside the chunks is longer than {MAX_HEAD} bytes")
+
+    def _spend(self, used: int) -> None:
+        self._check_spare(used)
+        self._spare -= used
 
     def _read_size(self) -> bool:
         line = self._read_line()
@@ -4281,7 +4308,8 @@ class ChunkedBody:
             return False
         match = CHUNK_SIZE.fullmatch(line)
         if match is None:
-            raise HTTPFault(400, "Bad chunk size")
+            raise HTTPFault(400, "Bad chunk size or extension")
+        self._spend(len(line) - len(match[1]))
         self._missing = int(match[1], 16)
         if len(self.body) + self._missing > self._limit:
             raise HTTPFault(413, f"The body is larger than {self._limit} bytes")
@@ -4307,7 +4335,11 @@ class ChunkedBody:
 
     def _read_trailer(self) -> bool:
         line = self._read_line()
-        self.is_complete = line == b""          # other lines are thrown away
+        if line:
+            if not TRAILER.fullmatch(line):
+                raise HTTPFault(400, "Bad trailer")
+            self._spend(len(line) + 2)
+        self.is_complete = line == b""
         return line is not None
 
 
@@ -5116,13 +5148,11 @@ class HttpTransport:
     def _send_plain(self, connection: Connection, request: Request, response: Response, is_last: bool) -> None:
         body = response.body.encode("utf-8") if isinstance(response.body, str) else response.body or b""
         length = len(body) if isinstance(body, bytes) else response.length
-        headers = {name: value for name, value in response.headers.items()
-                   if name.lower() not in ("content-length", "connection", "date")}
-        lines = [f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Unknown')}",
+        lines = [f"HTTP/1.1 {int(response.status)} {REASONS.get(response.status, 'Unknown')}",
                  "Date: " + http_date(int(time.time())), "X-Content-Type-Options: nosniff"]
         if response.status not in (204, 304):
             lines.append(f"Content-Length: {length}")
-        lines += ["{}: {}".format(name, re.sub(r"[\r\n\0]", " ", str(value))) for name, value in headers.items()]
+        lines += response.header_lines()
         lines.append(connection_header(request.version, is_last))
         head = ("\r\n".join(lines) + "\r\n").encode("latin-1", "replace")
         has_body = request.method != "HEAD" and response.status not in (204, 304)
@@ -6190,8 +6220,8 @@ def main(arguments: list[str] | None = None) -> int:
         except OptionError as error:
             parser.error(str(error))
         except OSError as error:
-            print("bayeux_server.py: cannot listen on {}:{}: {}".format(
-                keywords.get("host", "127.0.0.1"), keywords.get("port", 8080), error.strerror or error), file=sys.stderr)
+            where = f"{keywords.get('host', '127.0.0.1')}:{keywords.get('port', 8080)}"
+            print(f"bayeux_server.py: cannot listen on {where}: {error.strerror or error}", file=sys.stderr)
             return 1
         run(server, is_bare)
     return 0

@@ -5984,7 +5984,7 @@ class TestRequests:
 
     BODY = json.dumps([PING]).encode()
     CHUNKED = (raw_post(b"", "Transfer-Encoding: chunked")
-               + b"5;name=value\r\n" + BODY[:5] + b"\r\n" + f"{len(BODY) - 5:X}\r\n".encode() + BODY[5:] + b"\r\n")
+               + b'5;name=value;a ; b\t=\t"c;\\"\xe9"\r\n' + BODY[:5] + b"\r\n" + f"{len(BODY) - 5:X}\r\n".encode() + BODY[5:] + b"\r\n")
 
     def test_heads_are_kept_only_if_they_are_short_and_right(self, server):
         """Each may be kept for good, so that long ones would be a way to fill the memory."""
@@ -6015,6 +6015,13 @@ class TestRequests:
         (raw_post(b"1\r\nabc\r\n", "Transfer-Encoding: chunked"), 400),
         (raw_post(b"1\n[\r\n0\r\n\r\n", "Transfer-Encoding: chunked"), 400),
         (raw_post(b"x" * 20_000, "Transfer-Encoding: chunked"), 400),
+        *[(raw_post(b"1" + extension + b"\r\n", "Transfer-Encoding: chunked"), 400) for extension in (
+            b" ", b";", b"; ", b";a=", b";a b", b";a=b c", b';a="b', b';a="\\"', b";a=b\n", b";a\rb", b";a\0", b';a="\x1b"',
+            b";a;", b";(=b", b";a=\x80", b";a=" + b"b" * 17_000)],
+        (raw_post(b"".join(b"1;a=%b\r\n[\r\n" % (b"b" * 1000) for _ in range(17)), "Transfer-Encoding: chunked"), 400),
+        *[(raw_post(b"0\r\n" + trailer + b"\r\n", "Transfer-Encoding: chunked"), 400) for trailer in (
+            b"no colon", b"A : b", b" A: b", b": b", b"A: b\nC: d", b"A: b\rC: d", b"A: \0", b"A: \x1b", b"A: \x7f", b"\n",
+            b"A: " + b"b" * 17_000, b"\r\n".join([b"A: " + b"b" * 1000] * 17))],
         (b"POST /cometd HTTP/1.1\nHost: a\n\n", 400),
         (b"POST /cometd HTTP/1.1\r\nHost: a\nX: y\r\n\r\n", 400),
         (b"POST /cometd HTTP/1.1\r\nHost: a\rX: y\r\n\r\n", 400),
@@ -7139,9 +7146,58 @@ class TestContentHandlers:
 
     def test_a_header_s_value_cannot_begin_another_header(self, serve):
         server = serve(content_handlers={"/": lambda request: bayeux_server.Response(
-            headers={"Location": "/\r\nSet-Cookie: a=b"})})
+            headers={"Location": "/\r\nSet-Cookie: a=b\0\x1b\x7f\tc"})})
         with Wire(server) as wire:
-            assert "set-cookie" not in wire.request("GET", "/").headers
+            headers = wire.request("GET", "/").headers
+            assert "set-cookie" not in headers
+            assert headers["location"] == "/  Set-Cookie: a=b   \tc"
+
+    @pytest.mark.parametrize("response", [
+        *[{"status": status} for status in (None, "200", True, 0, 100, 101, 199, 600, 1000, 200.5)],
+        *[{"headers": {name: "x"}} for name in ("", "a b", "a:", "a\r\nb", "\u00fc", "a\0", "(", 1, None)]], ids=repr)
+    def test_what_is_no_status_or_name_is_the_application_s_failure(self, serve, errors, response):
+        server = serve(content_handlers={"/": lambda request: bayeux_server.Response("x", **response)})
+        with bystander(server), Wire(server) as wire:
+            answer = wire.request("GET", "/")
+            assert (answer.status, answer.body) == (500, b"The server failed\n")
+        line, = errors.take()
+        assert repr(response.get("status", *response.get("headers", []))) in line
+
+    def test_the_same_holds_for_post_handle(self, serve, errors):
+        def post_handle(request, response):
+            response.headers["a b"] = "c"
+
+        server = serve(content_handlers={"/": lambda request: "x"}, post_handle=post_handle)
+        with Wire(server) as wire:
+            answer = wire.request("GET", "/")
+            assert (answer.status, answer.body) == (500, b"post_handle failed\n")
+        assert len(errors.take()) == 1
+
+    @pytest.mark.parametrize("status", [200, 299, 404, 599, http.HTTPStatus.CREATED])
+    def test_any_final_status_passes(self, serve, status):
+        server = serve(content_handlers={"/": lambda request: bayeux_server.Response("x", status)})
+        with Wire(server) as wire:
+            assert wire.request("GET", "/").status == status
+
+    def test_what_frames_the_answer_is_the_server_s(self, serve):
+        """RFC 9112: two readers must not see two ends."""
+        server = serve(content_handlers={"/": lambda request: bayeux_server.Response("body", headers={
+            "Transfer-Encoding": "chunked", "content-length": "99", "Connection": "close", "Keep-Alive": "x",
+            "Trailer": "x", "DATE": "x", "X": "y"})})
+        with Wire(server) as wire:
+            for _ in range(2):
+                answer = wire.request("GET", "/")
+                assert answer.body == b"body" and answer.headers["content-length"] == "4" and answer.headers["x"] == "y"
+                assert not {"transfer-encoding", "connection", "keep-alive", "trailer"} & set(answer.headers)
+
+    def test_a_header_may_be_sent_several_times(self, serve):
+        server = serve(content_handlers={"/": lambda request: bayeux_server.Response(
+            headers={"Set-Cookie": ["a=1", "b=2\r\n"], "X": ("c",), "Y": []})})
+        with Wire(server) as wire:
+            wire.send("GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            head = b"".join(iter(lambda: wire.socket.recv(65536), b"")).split(b"\r\n")
+        assert [line for line in head if line.startswith((b"Set", b"X:", b"Y"))] == [
+            b"Set-Cookie: a=1", b"Set-Cookie: b=2  ", b"X: c"]
 
 
 class TestPostHandle:
