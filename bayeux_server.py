@@ -5709,7 +5709,7 @@ class BackgroundLog(logging.handlers.QueueHandler):
 
     def _note(self) -> logging.LogRecord:
         text = f"{self._dropped} lines of this log were dropped, as it was not read"
-        return self.prepare(logging.LogRecord("bayeux_server", logging.WARNING, __file__, 0, text, None, None))
+        return self.prepare(logging.LogRecord("bayeux_server", logging.WARNING, "", 0, text, None, None))
 
     def _write(self) -> None:
         for record in iter(self.queue.get, None):
@@ -5724,7 +5724,7 @@ class BackgroundLog(logging.handlers.QueueHandler):
         """Wait until everything is written, but no longer than LOG_PATIENCE."""
         deadline = time.monotonic() + LOG_PATIENCE
         with contextlib.suppress(queue.Full):
-            for last in [self._note()] * bool(self._dropped) + [None]:
+            for last in [self._note(), None] if self._dropped else [None]:
                 self.queue.put(last, timeout=max(0.0, deadline - time.monotonic()))
             self._has_ended.wait(max(0.0, deadline - time.monotonic()))
         super().close()

@@ -9895,9 +9895,11 @@ class TestServer:
         assert "    RuntimeError: " in log
         assert all(re.match(r"\d{4}-\d\d-\d\d |    ", line) for line in log.splitlines()), "entries and tracebacks only"
 
-    def test_a_wrong_call_of_the_logger_harms_nobody(self, server, monkeypatch):
-        monkeypatch.setattr(logging, "raiseExceptions", False)
-        server.logger.info("%d", "no number")
+    @pytest.mark.parametrize(("text", "arguments"), [("%d", ("no number",)), ("%", (1,)), ("%(a)s", ({},)),
+                                                    ("%s %s", (1,))])
+    def test_a_wrong_call_of_the_logger_is_left_to_its_handlers(self, text, arguments):
+        record = logging.LogRecord("name", logging.INFO, "", 1, text, arguments, None)
+        assert bayeux_server.make_printable(record) is True and record.msg == text
 
     def test_the_service_decorator_returns_its_function(self, server):
         def add(message):
