@@ -1424,6 +1424,7 @@ class Bayeux:
         self.logger = logger or logging.getLogger("bayeux_server")
         self.clock = clock
         self.addresses = Addresses(options.trusted_proxies)
+        self._group = self.addresses.group
         self.memory = memory or Memory(options.max_memory)
         self.turns = turns or Turns()
         self.application = ApplicationCode(self.logger, self.turns)
@@ -1444,7 +1445,8 @@ class Bayeux:
         # By address_group: connections that are kept open, as a connect is held there or as it is a stream; sessions.
         self.kept_open: collections.Counter[str] = collections.Counter()
         self._sessions_of: collections.Counter[str] = collections.Counter()
-        self._held_by_browser: collections.Counter[str] = collections.Counter()
+        self._held_by_browser: collections.Counter[str | None] = collections.Counter()
+        self._most_of_browser = options.max_sessions_per_browser or math.inf
         self._warned = LastMinute(clock, 1)
         self._unknown_clients = LastMinute(clock, UNKNOWN_CLIENTS + round(LONGEST_PAUSE / UNKNOWN_CLIENT_PAUSE))
         self._rates = Rates(options.max_rate, clock) if options.max_rate else None
@@ -1610,7 +1612,7 @@ class Bayeux:
         """Messages without a session are counted by address."""
         sender = session.id
         if sender is None and self._limits_addresses:
-            sender = self.addresses.group(turn.exchange.address)
+            sender = self._group(turn.exchange.address)
         if sender and not self._rates.admit(sender):
             session.slowed = session.slowed or SLOWED_RATE
             raise BayeuxError(429, "", "Too many messages", advice=self._slow_advice(TOO_FAST_INTERVAL))
@@ -1639,7 +1641,7 @@ class Bayeux:
         Behind a proxy that brings each request to another server of several, no session lasts, and all clients
         would go round between handshake and connect as fast as they can.
         """
-        group = self.addresses.group(exchange.address)
+        group = self._group(exchange.address)
         if not group or not self._limits_addresses:
             return 0.0
         with self.lock:
@@ -1763,7 +1765,7 @@ class Bayeux:
     def _require_place(self, session: Session) -> None:
         """Count a new session, if there is room for it: one address has no more than half of max_sessions."""
         assert self.lock.locked()
-        group = self.addresses.group(session.address) if self._limits_addresses else ""
+        group = self._group(session.address) if self._limits_addresses else ""
         source = f" from {session.address}" if group and (
             self._sessions_of[group] >= max(1, self.options.max_sessions // 2)) else ""
         if source or len(self.sessions) >= self.options.max_sessions:
@@ -1858,30 +1860,25 @@ class Bayeux:
 
     def _connect_advice(self, session: Session, message: dict, crowding: str) -> dict | None:
         """News for the client: with its first connect all there is to know, later what has changed."""
-        was_slowed = session.slowed
-        if was_slowed or crowding:
-            session.slowed = crowding
-        is_undone = {"multiple-clients": False} if was_slowed == SLOWED_BROWSER else {}
-        if crowding == SLOWED_BROWSER:
-            return {**self._slow_advice(MULTIPLE_CLIENTS_INTERVAL), "multiple-clients": True}
-        if crowding:
-            return {**self._slow_advice(MULTIPLE_CLIENTS_INTERVAL), **is_undone}
-        if self._is_beside_stream(session, message):
+        if crowding or session.slowed:
+            return self._changed_advice(session, crowding)
+        if message["connectionType"] == EVENTSOURCE and not session.acknowledgement:
             # Its connects carry nothing, and only show that it lives: twice in the life of a session will do.
             return self._slow_advice(self.options.timeout)
-        if was_slowed:                      # clients keep advice until there is other
-            return {**self._advice(), **is_undone}
         return None if session.connected else self._advice()
 
-    @staticmethod
-    def _is_beside_stream(session: Session, message: dict) -> bool:
-        """Whether the connect is Faye's, beside an event stream on which the events leave."""
-        return message["connectionType"] == EVENTSOURCE and not session.acknowledgement
+    def _changed_advice(self, session: Session, crowding: str) -> dict:
+        """Clients keep advice until there is other: so what no longer holds is taken back, once."""
+        was_slowed, session.slowed = session.slowed, crowding
+        advice = self._slow_advice(MULTIPLE_CLIENTS_INTERVAL) if crowding else self._advice()
+        if SLOWED_BROWSER in (crowding, was_slowed):
+            advice["multiple-clients"] = crowding == SLOWED_BROWSER
+        return advice
 
     def _patience(self, session: Session, message: dict, turn: Turn) -> float:
         """How long the connect may be held; a shorter time of the client's is honoured.  (Bayeux, "timeout")"""
         if (not session.connected or turn.is_shared or not turn.exchange.may_hold or self.stopping
-                or self._is_beside_stream(session, message)):
+                or (message["connectionType"] == EVENTSOURCE and not session.acknowledgement)):
             return 0.0
         advice = message.get("advice")
         asked = advice.get("timeout") if isinstance(advice, dict) else None
@@ -1907,14 +1904,18 @@ class Bayeux:
         (Bayeux, "Server-side Multiple clients detection").  Without the lock: of connects that come on several
         threads in the same moment one too many may be held, which does no harm.
         """
-        exchange, own = turn.exchange, session.hold
-        if exchange.stream is not None or self._is_beside_stream(session, message):
+        exchange = turn.exchange
+        of_browser = self._held_by_browser.get(session.browser, 0) if session.browser is not None else 0
+        is_full = self._limits_addresses and (
+            self.kept_open.get(self._group(exchange.address), 0) >= self.options.client_max_connections)
+        if of_browser < self._most_of_browser and not is_full:
+            return ""                       # nearly always
+        if exchange.stream is not None or (message["connectionType"] == EVENTSOURCE and not session.acknowledgement):
             return ""
-        own = own if own is not None and own.exchange.stream is None else None      # it makes room for this one
-        allowed = self.options.max_sessions_per_browser
-        if allowed and session.browser and self._held_by_browser.get(session.browser, 0) - bool(own) >= allowed:
+        leaving = session.hold.exchange if session.hold is not None and session.hold.exchange.stream is None else None
+        if of_browser - (leaving is not None) >= self._most_of_browser:
             return SLOWED_BROWSER
-        if self._limits_addresses and self._is_address_full(exchange, own.exchange if own else None):
+        if is_full and self._is_address_full(exchange, leaving):
             with self.lock:
                 self._warn_of_limit(exchange)
             return SLOWED_ADDRESS
@@ -1922,17 +1923,14 @@ class Bayeux:
 
     def _is_address_full(self, exchange: Exchange, leaving: Exchange | None = None) -> bool:
         """Whether the address keeps as many connections open as it may, without the one that leaves."""
-        group = self.addresses.group(exchange.address)
-        kept_open = self.kept_open.get(group, 0)
-        if kept_open < self.options.client_max_connections or not group:
-            return False
-        is_less = leaving is not None and self.addresses.group(leaving.address) == group
-        return kept_open - is_less >= self.options.client_max_connections
+        group = self._group(exchange.address)
+        is_less = leaving is not None and self._group(leaving.address) == group
+        return group != "" and self.kept_open.get(group, 0) - is_less >= self.options.client_max_connections
 
     def _warn_of_limit(self, exchange: Exchange) -> None:
         """Tell who runs the server, once a minute for each address; it may be a proxy."""
         assert self.lock.locked()
-        group, address = self.addresses.group(exchange.address), exchange.address
+        group, address = self._group(exchange.address), exchange.address
         if not self._warned.count(group):
             self._warned.note(group)
             self.log_later(logging.WARNING, "%s keeps as many connections open as client_max_connections "
@@ -1941,12 +1939,20 @@ class Bayeux:
                            if exchange.is_forwarded else "")
 
     def _count_hold(self, hold: Hold, change: int) -> None:
-        assert self.lock.locked()
-        if hold.exchange.stream is None:
+        """Count a held connect by its browser (where a zero goes with the session) and its address.
+
+        Each delivery passes here twice; count_by, written out, spares a tenth of it.
+        """
+        browser, exchange, counts = hold.session.browser, hold.exchange, self._held_by_browser
+        if exchange.stream is None:
+            counts[browser] = counts.get(browser, 0) + change
             if self._limits_addresses:
-                count_by(self.kept_open, self.addresses.group(hold.exchange.address), change)
-            if self.options.max_sessions_per_browser:
-                count_by(self._held_by_browser, hold.session.browser, change)
+                group, counts = self._group(exchange.address), self.kept_open
+                count = counts.get(group, 0) + change
+                if count:
+                    counts[group] = count
+                else:
+                    del counts[group]
 
     def count_stream(self, stream: Stream) -> bool:
         """Count a connection that becomes a stream.  False: its address keeps as many open as it may."""
@@ -1957,7 +1963,7 @@ class Bayeux:
                     self._warn_of_limit(stream)
                 else:
                     stream.is_counted = True
-                    count_by(self.kept_open, self.addresses.group(stream.address), 1)
+                    count_by(self.kept_open, self._group(stream.address), 1)
             if is_full:
                 self.wake()
                 return False
@@ -1969,7 +1975,7 @@ class Bayeux:
         with self.lock:
             if stream.is_counted:
                 stream.is_counted = False
-                count_by(self.kept_open, self.addresses.group(stream.address), -1)
+                count_by(self.kept_open, self._group(stream.address), -1)
 
     # -- Disconnect, ping ------------------------------------------------------------------
 
@@ -2002,7 +2008,7 @@ class Bayeux:
             new = wanted - session.patterns.keys()
             if len(session.patterns) + len(new) > self.options.max_subscriptions:
                 raise BayeuxError(429, SUBSCRIBE, f"More than {self.options.max_subscriptions} subscriptions")
-            if self.memory.is_too_much_for(self.addresses.group(session.address), subscriptions_size(new)):
+            if self.memory.is_too_much_for(self._group(session.address), subscriptions_size(new)):
                 raise BayeuxError(429, SUBSCRIBE, f"Too many subscriptions from {session.address}")
             for pattern in wanted:
                 self.add_subscription(session, pattern)
@@ -2055,7 +2061,7 @@ class Bayeux:
     def _count_subscriptions(self, subscriber: Session | LocalClient, patterns: Iterable[str], sign: int = 1) -> None:
         """A remote client's count against its address."""
         if isinstance(subscriber, Session) and patterns:
-            self.memory.take_for(self.addresses.group(subscriber.address), sign * subscriptions_size(patterns))
+            self.memory.take_for(self._group(subscriber.address), sign * subscriptions_size(patterns))
 
     def _require_live(self, session: Session) -> None:
         """It may have ended since the message was let in: another of its requests may have said so."""
@@ -2222,7 +2228,7 @@ class Bayeux:
             return
         session.ended = reason
         if self.sessions.pop(session.id, None) is not None:
-            count_by(self._sessions_of, self.addresses.group(session.address) if self._limits_addresses else "", -1)
+            count_by(self._sessions_of, self._group(session.address) if self._limits_addresses else "", -1)
         for pattern in session.patterns:
             self.registry.discard(pattern, session)
         self._count_subscriptions(session, session.patterns, -1)
@@ -2240,6 +2246,8 @@ class Bayeux:
             self._release(session.hold, self._farewell(session, reason), last_events)
         elif session.uses_stream and last_events:
             self.ready.append(Answer(session.stream, [], None, last_events))
+        if not self._held_by_browser.get(session.browser):
+            self._held_by_browser.pop(session.browser, None)
         self._attach(session, None)
         if reason not in (ENDED_ASKED, ENDED_SHUTDOWN):
             self.log_later(logging.INFO, "session %s ended: %s", session.id, reason)
