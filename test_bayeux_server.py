@@ -40,6 +40,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
 import urllib.parse
 import weakref
@@ -305,7 +306,7 @@ class Peer(Wire):
 
 
 @pytest.fixture
-def serve():
+def serve(caplog):
     """Starts servers on free ports, and stops them at the end: serve(option=value, ...)."""
     servers = []
 
@@ -316,6 +317,8 @@ def serve():
     yield start
     for server in servers:
         server.shutdown()
+        caplog.get_records("call").clear()      # these, and what pytest.raises has caught, keep frames alive
+        wait_until(lambda server=server: keeps_nothing(server) or gc.collect() < 0, "the end of all that is counted")
 
 
 @pytest.fixture
@@ -8000,6 +8003,7 @@ class TestWebSocket:
                 assert second.receive(1) == ["x"]
             events = [answer for answer in sent if [event.channel for event in answer.events] == ["/a"]]
             assert len(events) < 5
+            server.core.send = send
 
     # -- Threads ---------------------------------------------------------------------------
 
@@ -8239,8 +8243,14 @@ class TestOutput:
     class Watch:
         patience = 30
 
+        def __init__(self):
+            self.bodies = []                    # those of which it was to have more read
+
         def resume(self, connection):
             """Nobody watches: the test flushes."""
+
+        def read_body(self, connection):
+            self.bodies.append(connection.source)
 
     class Protocol:
         def lost(self, connection):
@@ -8308,6 +8318,21 @@ class TestOutput:
         connection.flush()
         assert self.drain(peers) == b"100answer" and connection.exchange is None
         connection.close()
+        peers.close()
+
+    def test_a_body_is_read_on_by_one_thread_at_a_time(self):
+        """The thread that has written its beginning may not be done with the connection yet."""
+        ours, peers = socket.socketpair()
+        ours.setblocking(False)
+        connection, source = bayeux_server.Connection(ours, "", self.Watch(), self.Protocol()), object()
+        connection.exchange, connection.is_handled = "request", True
+        assert connection.write(b"beginning", source) is None
+        connection.flush()
+        assert connection.watch.bodies == [] and connection.source is source
+        connection.is_handled = False
+        connection.flush()
+        assert connection.watch.bodies == [source] and peers.recv(100) == b"beginning"
+        ours.close()
         peers.close()
 
     def test_what_is_pushed_behind_waiting_output_stays_behind(self):
@@ -9491,6 +9516,583 @@ class TestTheLastOfAStream:
             peer.subscribe("/a")
             peer.publish("/a", "event")
             assert newer.receive(1) == ["event"]
+
+
+# ======================================================================================
+# §3, §9, §10  What one client can cost the others
+# ======================================================================================
+
+def logged_refusals(caplog):
+    return [record.getMessage() for record in caplog.records if record.getMessage().startswith("refused")]
+
+
+def form(messages):
+    return urllib.parse.urlencode([("message", json.dumps(each)) for each in messages]).encode("ascii")
+
+
+class TestLargeBatches:
+    @pytest.mark.parametrize("way", ["JSON", "form", "JSONP", "websocket"])
+    @pytest.mark.parametrize("count", [1000, 1001])
+    def test_a_batch_has_its_limit_and_one_log_line(self, server, caplog, way, count):
+        """T11: beyond it the whole is refused, before any is handled."""
+        received = []
+        LocalClient(server).subscribe("/a", received.append)
+        caplog.set_level(logging.INFO, "bayeux_server")
+        with Peer(server) as peer:
+            messages = [{"channel": "/a", "clientId": peer.id, "data": 1}, *[0] * (count - 1)]
+            if way == "websocket":
+                with SocketWire(server) as wire:
+                    status, batch = 413, wire.ask_batch(*messages)
+            else:
+                answer = {"JSON": lambda: peer.request("POST", "/cometd", json.dumps(messages).encode("ascii")),
+                          "form": lambda: peer.request("POST", "/cometd", form(messages)),
+                          "JSONP": lambda: peer.request("GET", jsonp_target(*messages))}[way]()
+                status, batch = answer.status, script_batch(answer) if way == "JSONP" else answer.batch
+        if count > 1000:
+            assert status == 413 and [error_code(each) for each in batch] == [413] and received == []
+        else:
+            assert batch[0]["successful"] and [error_code(each) for each in batch[1:]] == [400] * 999
+            wait_until(lambda: len(received) == 1)
+        assert len(logged_refusals(caplog)) == 1
+
+
+class TestLongRequests:
+    """Who sends one holds up itself, and nobody else."""
+
+    @pytest.mark.parametrize("transport", ["long-polling", "websocket"])
+    @pytest.mark.parametrize("place", ["decode_json", "message_acl", "service", "batch"])
+    def test_others_are_answered_meanwhile_and_its_own_replies_keep_their_order(
+            self, serve, monkeypatch, transport, place):
+        begun, may_end = threading.Event(), threading.Event()
+
+        def wait(*arguments):
+            begun.set()
+            assert may_end.wait(PATIENCE)
+
+        def is_last(message):
+            return isinstance(message, dict) and message.get("id") == "last"
+
+        decode_json = bayeux_server.decode_json
+        monkeypatch.setattr(bayeux_server, "decode_json", lambda text: (
+            wait() if place == "decode_json" and len(text) > bayeux_server.SHORT_REQUEST else None,
+            decode_json(text))[1])
+        option = {"message_acl": lambda session, message: wait() if is_last(message) else None}
+        server = serve(services={"slow": wait}, **(option if place == "message_acl" else {}))
+        first = {"decode_json": [{**PING, "ext": ["x" * 1000] * 60}] * 16, "message_acl": [{**PING, "id": "last"}],
+                 "service": [{"channel": "/service/slow", "data": 1, "id": "s"}],
+                 "batch": [*[PING] * bayeux_server.SHORT_BATCH, {**PING, "id": "last"}]}[place]
+        if place == "batch":
+            ping = server.core._ping
+            server.core._meta["/meta/ping"] = lambda session, message, turn: (
+                wait() if is_last(message) else None, ping(session, message, turn))[1]
+        with Peer(server) as peer:
+            first = [{**each, "clientId": peer.id} for each in first]
+            wire = SocketWire(server) if transport == "websocket" else Wire(server)
+            send = wire.send_batch if transport == "websocket" else wire.send_post
+            send(*first)
+            send({**PING, "id": "behind"})
+            assert begun.wait(PATIENCE)
+            with bystander(server):
+                wire.socket.settimeout(0)
+                with pytest.raises(BlockingIOError):        # what came behind has not been answered before
+                    wire.socket.recv(1)
+            may_end.set()
+            wire.socket.settimeout(PATIENCE)
+            batches = [wire.read_batch() if transport == "websocket" else wire.read_answer().batch for _ in range(2)]
+            wire.close()
+        assert [len(each) for each in batches] == [len(first), 1] and batches[1][0]["id"] == "behind"
+        assert all(reply["successful"] for batch in batches for reply in batch)
+
+    def test_a_client_that_says_no_more_gets_its_file(self, serve, site):
+        """It closes its own direction, as nc -N does; its answer is on its way all the same."""
+        server = serve(docroot=str(site))
+        with Wire(server) as wire:
+            wire.send_request("GET", "/digits.txt")
+            wire.socket.shutdown(socket.SHUT_WR)
+            assert wire.read_answer().body == b"0123456789"
+
+
+class TestNoThreadIsFree:
+    """Services of the application hang, and every handler thread with them."""
+
+    @pytest.fixture(params=[2, 4])
+    def stuck(self, request, serve, site, monkeypatch):
+        """A server all of whose threads are stuck; stuck.may_end.set() ends that."""
+        begun, may_end = [], threading.Event()
+
+        def hang(message):
+            begun.append(message)
+            assert may_end.wait(PATIENCE)
+            return {"data": "at last"}
+
+        server = serve(services={"hang": hang, "echo": lambda message: {"data": "echo"}}, max_threads=request.param,
+                       docroot=str(site))
+        server.may_end = may_end
+        with Peer(server) as peer, ExitStack() as wires:
+            for _ in range(request.param - 1):
+                wire = wires.enter_context(Wire(server))
+                wire.send_post({"channel": "/service/hang", "clientId": peer.id, "data": None})
+            wait_until(lambda: len(begun) == request.param - 1, "all threads being stuck")
+            monkeypatch.setattr(bayeux_server, "STUCK_AFTER", -1)
+            yield server
+            may_end.set()
+            assert wire.read_answer().batch[0]["data"] == "at last"
+
+    def test_what_needs_one_is_told_so_at_once_and_all_else_goes_on(self, stuck):
+        with Peer(stuck) as peer, SocketPeer(stuck) as other:
+            call = {"channel": "/service/echo", "clientId": peer.id, "data": 1, "id": "call"}
+            for messages in ([call], [{**PING, "ext": "x" * bayeux_server.SHORT_REQUEST}], [PING] * 17):
+                peer.side.send_post(*messages)
+                answer = peer.side.read_answer()
+                assert answer.status == 503 and answer.headers["retry-after"] == "5"
+                assert {error_code(each) for each in answer.batch} == {503}
+                assert len(answer.batch) == (1 if len(messages) == 1 else 17)
+            assert peer.side.post(call)[0]["id"] == "call"
+            answer = peer.side.request("GET", "/digits.txt")
+            assert answer.status == 503 and answer.headers["retry-after"] == "5" and b"busy" in answer.body
+            other.send_batch({**call, "id": 1}, {**PING, "id": 2})
+            replies = other.read_batch()
+            assert [(error_code(each), each["id"], each["advice"]) for each in replies] == [
+                (503, 1, {"reconnect": "retry"}), (503, 2, {"reconnect": "retry"})]
+            with bystander(stuck) as third:
+                third.subscribe("/a")
+                for publisher in (peer, other):
+                    publisher.publish("/a", "data")
+                    assert events_of(third.read_answer().batch) == ["data"]
+                    hold_connect(stuck, third)
+
+    def test_all_is_well_again_afterwards(self, stuck, monkeypatch):
+        with Peer(stuck) as peer:
+            assert error_code(peer.ask("/service/echo")) == 503
+            monkeypatch.setattr(bayeux_server, "STUCK_AFTER", PATIENCE)
+            stuck.may_end.set()
+            assert peer.ask("/service/echo")["data"] == "echo"
+            assert peer.side.request("GET", "/digits.txt").body == b"0123456789"
+            assert len(peer.side.post(*[PING] * 100)) == 100
+
+    def test_memory_is_relieved_all_the_same(self, serve):
+        """(It takes the leader, and no handler thread.)"""
+        begun, may_end = threading.Event(), threading.Event()
+
+        def hang(request):
+            begun.set()
+            assert may_end.wait(PATIENCE)
+            return "text"
+
+        server = serve(max_memory=1 << 20, max_threads=2, content_handlers={"/a": hang})
+        with Wire(server) as stuck, Wire(server) as wire:
+            stuck.send_request("GET", "/a")
+            assert begun.wait(PATIENCE)
+            sessions = [wire.post(HANDSHAKE)[0]["clientId"] for _ in range(40)]
+            sizes = [31_000, *[27_000] * 39]
+            for count, (client_id, size) in enumerate(zip(sessions, sizes)):
+                server.client_push(client_id, "/a", "x" * size)
+                if sum(sizes[:count + 1]) > 1 << 20:
+                    break
+            wait_until(lambda: len(server.sessions) < 40, "the end of a session")
+            assert not server.memory.is_over() and len(server.sessions) == 39
+            assert sessions[0] not in [session.id for session in server.sessions]
+            reply, = wire.post(CorePeer.connect_message(sessions[0]))
+            assert error_code(reply) == 402 and reply["error"].endswith("lack of memory")
+            assert reply["advice"] == ADVICE_HANDSHAKE
+            assert events_of(wire.post(CorePeer.connect_message(sessions[1]))) == ["x" * 27_000]
+            may_end.set()
+            assert stuck.read_answer().status == 200
+
+
+def part_of_body(kind, size):
+    """The beginning of something that never ends, as bytes: what is kept of it is about size bytes."""
+    if kind == "length":
+        return raw_post(b"x" * size, "Content-Length: 1000000")
+    return raw_post(b"%x\r\n" % 1_000_000 + b"x" * size, "Transfer-Encoding: chunked")
+
+
+class TestMemoryBudgets:
+    @pytest.mark.parametrize("ack", [False, True])
+    def test_an_answer_is_bounded_and_the_rest_comes_next(self, medium, monkeypatch, ack):
+        monkeypatch.setattr(bayeux_server, "MAX_ANSWER", 2000)
+        call = medium()
+        caller = call(ext={"ack": True}) if ack else call()
+        caller.connect()
+        caller.ask("/meta/subscribe", subscription="/a")
+        data = [f"{number} " + "x" * (5000 if number == 7 else 500) for number in range(20)]
+        for each in data:
+            (caller.core if isinstance(caller.core, BayeuxServer) else caller.core.core).publish("/a", each)
+        received, number = [], 0
+        while len(received) < len(data):
+            if isinstance(caller, SocketCaller) and not ack:
+                received += caller.receive(len(data))
+            else:
+                reply, events = caller.wait(number) if ack else caller.wait()
+                number = reply["ext"]["ack"] if ack else 0
+                assert sum(map(len, events)) <= 2000 or len(events) == 1
+                received += events
+        assert received == data
+
+    @pytest.mark.parametrize("ack", [False, True])
+    def test_a_session_that_fetches_nothing_has_its_budget(self, ack):
+        peer = CorePeer(max_memory=1 << 20)     # of which a session has 32 KiB
+        client_id = peer.handshake(ext={"ack": True}) if ack else peer.handshake()
+        peer.subscribe(client_id, "/a")
+        for count in range(2):
+            peer.core.publish("/a", "x" * 20_000)
+            if ack and count == 0:              # fetched, and not acknowledged
+                peer.events(client_id)
+        assert peer.core.sessions[client_id].waiting_size > 1 << 15
+        peer.core.publish("/a", "x")
+        assert client_id not in peer.core.sessions
+        assert peer.told_of("client_disconnect")[-1]["reason"] == "queue overflow"
+        assert peer.core.memory.used < 1000     # subscriptions of nobody: none
+
+    def test_a_large_parcel_ends_nobody_who_keeps_up(self):
+        peer = CorePeer(max_memory=1 << 20)
+        client_id = peer.handshake()
+        peer.subscribe(client_id, "/a")
+        for _ in range(3):
+            peer.core.publish("/a", "x" * 100_000)
+            assert len(peer.events(client_id)) == 1
+
+    def test_lazy_events_leave_before_the_budget_is_used_up(self):
+        peer = CorePeer(max_memory=1 << 20, lazy_channels=["/lazy"])
+        client_id = peer.handshake()
+        peer.subscribe(client_id, "/lazy")
+        held = peer.hold(client_id)
+        for _ in range(4):
+            peer.core.publish("/lazy", "x" * 12_000)
+            peer.work()
+        assert len(events_of(held.answer)) == 4
+
+    def test_subscriptions_count_for_their_address(self):
+        peer = CorePeer(max_memory=1 << 20)     # of which an address has 64 KiB
+        patterns = [f"/a/{number}" for number in range(200)]
+        first, second, foreign = (peer.ask({"channel": "/meta/handshake", "version": "1.0"}, address=address)[0]
+                                  ["clientId"] for address in ("10.0.0.1", "10.0.0.1", "10.0.0.2"))
+        peer.subscribe(first, *patterns)
+        subscribe = {"channel": "/meta/subscribe", "clientId": second, "subscription": patterns}
+        reply, = peer.ask(subscribe)
+        assert error_code(reply) == 429 and "10.0.0.1" in reply["error"]
+        assert peer.core.sessions[second].subscriptions == set()
+        peer.subscribe(foreign, *patterns)
+        peer.ask({"channel": "/meta/unsubscribe", "clientId": first, "subscription": patterns[:100]})
+        peer.subscribe(second, *patterns[:100])
+        assert error_code(peer.ask(subscribe)[0]) == 429
+        peer.ask({"channel": "/meta/disconnect", "clientId": first})
+        peer.subscribe(second, *patterns)
+        for client_id in (second, foreign):
+            peer.ask({"channel": "/meta/disconnect", "clientId": client_id})
+        assert keeps_nothing(peer.core)
+
+    @pytest.mark.parametrize("kind", ["length", "chunked"])
+    @pytest.mark.parametrize(("options", "is_limited"), [
+        ({"client_max_connections": 10}, True), ({"client_max_connections": 0}, False),
+        ({"client_max_connections": 10, "trusted_proxies": ["127.0.0.1"]}, False)])
+    def test_an_address_has_its_share_of_unfinished_requests(self, serve, caplog, kind, options, is_limited):
+        """The largest goes, the others live on."""
+        server = serve(max_memory=4 << 20, **options)       # of which an address has 256 KiB
+        sizes = [50_000, 100_000, 60_000, 70_000]
+        with ExitStack() as wires:
+            total = 0
+            for size in sizes:
+                wires.enter_context(Wire(server)).send(part_of_body(kind, size))
+                total += size
+                wait_until(lambda total=total: server.memory.used >= total or caplog.records)
+            if is_limited:
+                wait_until(lambda: len(server.watch.connections) == 3, "the end of the largest")
+                text, = [record.getMessage() for record in caplog.records]
+                assert re.search("its address keeps too many bytes waiting, 100[0-9]{3} in this connection", text)
+            else:
+                assert len(server.watch.connections) == 4 and not caplog.records
+            assert counts_right(server)
+            with bystander(server):
+                pass
+
+    def test_the_largest_go_when_all_together_keep_too_much(self, serve, caplog):
+        """And no more of them than have to: whatever their number, the others get their answers."""
+        server = serve(max_memory=1 << 20)
+        with ExitStack() as wires:
+            for number in range(35):            # 1,051,500 bytes in all
+                wire = wires.enter_context(Wire(server))
+                wire.send(raw_post(b"x" * (30_000 if number else 31_500), "Content-Length: 32000"))
+                wait_until(lambda number=number: server.memory.used >= 31_500 + 30_000 * number or caplog.records)
+            wait_until(lambda: caplog.records and not server.memory.is_over(), "relief")
+            assert len(server.watch.connections) == 34
+            text, = [record.getMessage() for record in caplog.records]
+            assert text.endswith("more than max_memory waits, 31500 bytes in this one")
+            wire.send(b"x" * 2000)
+            assert wire.read_answer().status == 400
+            assert counts_right(server)
+
+    def test_what_waits_for_a_thread_is_counted_too(self, serve):
+        """A request for which there is no room is refused; the others are answered, as is all that is short."""
+        begun, may_end = threading.Event(), threading.Event()
+        server = serve(max_memory=1 << 20, max_threads=2, services={
+            "slow": lambda message: (begun.set(), may_end.wait(PATIENCE), None)[2]}, client_max_connections=100)
+        long = [{**PING, "ext": "x" * 20_000}]  # an address has 64 KiB
+        with Peer(server) as peer, ExitStack() as wires:
+            slow = wires.enter_context(Wire(server))
+            slow.send_post({"channel": "/service/slow", "clientId": peer.id, "data": 1})
+            assert begun.wait(PATIENCE)
+            waiting = [wires.enter_context(Wire(server)) for _ in range(3)]
+            for count, wire in enumerate(waiting, 1):
+                wire.send_post(*long)
+                wait_until(lambda count=count: server.memory.used > 20_000 * count)
+            with Wire(server) as one_too_many, SocketWire(server) as another:
+                one_too_many.send_post(*long)
+                answer = one_too_many.read_answer()
+                assert answer.status == 503 and answer.headers["retry-after"] == "5"
+                assert error_code(another.ask_batch(*long)[0]) == 503
+            assert counts_right(server)
+            with bystander(server):
+                pass
+            may_end.set()
+            for wire in [slow, *waiting]:
+                assert wire.read_answer().batch[0]["successful"]
+
+    def test_a_socket_that_is_not_read_has_its_budget(self, serve, caplog):
+        """Its connection goes; its session lives on, and gets its events where it comes back."""
+        server = serve(max_memory=4 << 20)      # of which a connection has 128 KiB, as has a session
+        with SocketPeer(server) as peer:
+            make_buffers_small(server, peer)
+            peer.subscribe("/a")
+            for _ in range(3):
+                server.publish("/a", "x" * 120_000)
+            wait_until(lambda: not server.watch.connections or caplog.records)
+            wait_until(lambda: not server.watch.connections, "the end of the connection")
+            assert "its connection keeps too many bytes waiting" in caplog.records[0].getMessage()
+        with SocketPeer(server, client_id=peer.id) as again:
+            assert len(again.receive(1)) == 1
+            again.ask("/meta/disconnect")
+        wait_until(lambda: keeps_nothing(server), "the end of all that was counted")
+
+    @pytest.mark.parametrize("transport", ["long-polling", "websocket", "eventsource"])
+    @pytest.mark.parametrize("is_broken", [False, True])
+    def test_nothing_is_counted_in_the_end(self, serve, transport, is_broken):
+        server = serve()
+        with Peer(server) as peer:
+            if transport == "websocket":
+                carrier = SocketPeer(server, client_id=peer.id)
+            elif transport == "eventsource":
+                carrier = EventWire(server, peer.id)
+            else:
+                carrier = peer
+            peer.subscribe("/a")
+            if transport == "long-polling":
+                hold_connect(server, peer)
+            if is_broken:                       # what is sent to it from now on waits, and never arrives
+                make_buffers_small(server, carrier)
+            for _ in range(20):
+                server.publish("/a", "x" * 100_000)
+            assert server.memory.used > 100_000
+            if is_broken and transport != "long-polling":
+                wait_until(lambda: has_unsent_output(server))
+            if is_broken:
+                reset(carrier.socket)
+            wait_until(lambda: counts_right(server))
+        carrier.close()
+        wait_until(lambda: not server.watch.connections, "the end of the connections")
+        wait_until(lambda: counts_right(server))
+        server.end_session(peer.id, "the test is over")
+        wait_until(lambda: keeps_nothing(server), "the end of all that was counted")
+
+
+class TestFullMailboxes:
+    def test_listeners_that_are_behind_hear_of_whole_sessions_only(self, caplog):
+        peer, jobs = CorePeer(max_queue=20), []
+        peer.core._run_later = jobs.append      # the listener sleeps
+
+        def listen():
+            while jobs:
+                jobs.pop(0)()
+
+        first = [peer.handshake() for _ in range(5)]
+        for number in range(30):
+            peer.publish(first[0], "/a", number)
+        missed = peer.handshake()
+        for client_id in (first[1], missed):
+            peer.ask({"channel": "/meta/disconnect", "clientId": client_id})
+        open_still = peer.handshake()
+        assert len(peer.core._notices.items) <= 20 + len(first)
+        assert peer.core._notices.size <= 100 * bayeux_server.NOTICE_SIZE
+        listen()
+        begun = [each["client_id"] for each in peer.told_of("client_connect")]
+        ended = [each["client_id"] for each in peer.told_of("client_disconnect")]
+        assert begun == first and ended == [first[1]]
+        assert [each["data"] for each in peer.told_of("publish")] == list(range(15))
+        warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert sorted(warnings) == ["the listeners are too far behind; they miss what happens now",
+                                    "the listeners have missed 17 notices, and hear of what happens again"]
+        for client_id in (open_still, first[0]):        # of the former nothing was ever told, so neither is its end
+            peer.ask({"channel": "/meta/disconnect", "clientId": client_id})
+        late = peer.handshake()
+        listen()
+        assert [each["client_id"] for each in peer.told_of("client_disconnect")] == [first[1], first[0]]
+        assert peer.told_of("client_connect")[-1]["client_id"] == late and not peer.core._untold
+
+    def test_a_listener_that_is_always_behind_costs_few_log_lines(self, caplog):
+        """It handles a notice whenever another one comes."""
+        peer, told = CorePeer(max_queue=20), []
+        peer.core._run_later = told.append
+        client_id = peer.handshake()
+        for number in range(200):
+            peer.publish(client_id, "/a", number)
+            with peer.core.lock:                # as Mailbox.open does
+                item, size = peer.core._notices.items.popleft()
+                peer.core._notices.size -= size
+                if not peer.core._notices.has_too_much():
+                    peer.core.full_mailboxes.discard(peer.core._notices)
+            peer.core._tell_listeners(item)
+            if number < 30:
+                peer.core.publish("/a", number)
+        warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+        assert len(warnings) <= 4
+
+    def test_the_demo_outlives_a_flood(self, serve):
+        """Its bot says nothing to what it has no room for, and goes on afterwards."""
+        server = serve(max_queue=5)
+        demo, begun, may_end = bayeux_server.Demo(server), threading.Event(), threading.Event()
+        demo.bot.subscribe("/block", lambda message: (begun.set(), may_end.wait(PATIENCE)))
+        server.publish("/block", None)
+        assert begun.wait(PATIENCE)
+        with Peer(server) as peer:
+            codes = []
+            for _ in range(10):
+                for channel, data in (("/chat/demo", {"user": "me", "chat": "hello"}),
+                                      ("/magnets/demo", {"magnet": 1, "x": 0.5, "y": 0.5})):
+                    reply = peer.ask(channel, data=data)
+                    codes.append(200 if reply["successful"] else error_code(reply))
+            assert codes == [200] * 5 + [429] * 15
+            demo.answer({"data": {"user": "me", "chat": "hello"}})
+            peer.subscribe("/chat/members")
+            assert peer.ask("/service/members", data={"user": "me"})["successful"]
+            assert events_of(peer.connect()) == [{"members": ["autobot", "me"], "count": 2}]
+            may_end.set()
+            wait_until(lambda: demo.magnets and not demo.bot.mailbox.items and not server.core.scheduled_mailboxes)
+            peer.subscribe("/chat/demo")
+            peer.publish("/chat/demo", {"user": "me", "chat": "still there?"})
+            said = []
+            while len(said) < 2:
+                said += events_of(peer.connect())
+            assert said[1] == {"user": "autobot", "chat": "I heard me say: still there?"}
+
+
+class TestBusySockets:
+    def test_a_socket_carries_only_so_many_sessions(self, serve):
+        """T11: one too many is refused, and those on it go on."""
+        server = serve(max_sessions_per_connection=2)
+        with SocketWire(server) as wire:
+            sessions = []
+            for _ in range(3):
+                reply, = wire.ask_batch({**HANDSHAKE, "supportedConnectionTypes": ["websocket"]})
+                sessions.append(reply["clientId"])
+            connects = [{**CorePeer.connect_message(each), "connectionType": "websocket", "advice": {"timeout": 0}}
+                        for each in sessions]
+            assert [wire.ask_batch(each)[0]["successful"] for each in connects] == [True, True, False]
+            reply, = wire.ask_batch(connects[2])
+            assert error_code(reply) == 429 and reply["advice"] == {
+                "reconnect": "retry", "interval": 5000, "timeout": 30_000}
+            refused = session_of(server, sessions[2])
+            assert not refused.connected and refused.stream is None
+            for client_id in sessions[:2]:
+                assert wire.ask_batch({"channel": "/meta/subscribe", "clientId": client_id, "subscription": "/a"})
+            server.publish("/a", "event")
+            assert [event["data"] for _ in range(2) for event in wire.read_batch()] == ["event"] * 2
+            assert wire.ask_batch(connects[0])[0]["successful"]
+            with SocketWire(server) as other:           # there is place on another socket
+                assert other.ask_batch(connects[2])[0]["successful"]
+            wire.ask_batch({"channel": "/meta/disconnect", "clientId": sessions[0]})
+            assert wire.ask_batch(connects[2])[0]["successful"]
+
+    @pytest.mark.parametrize(("data", "kind"), [
+        (masked(TEXT_FRAME, b"[]"), TEXT_FRAME), (masked(PING_FRAME), PING_FRAME), (masked(PONG_FRAME), PONG_FRAME),
+        (masked(0, b"x", is_final=False), 0)])
+    def test_of_small_frames_a_few_are_read_at_a_time(self, data, kind):
+        read = []
+
+        class CountingSocket(bayeux_server.WebSocket):
+            __slots__ = ()
+
+            def _take_message(self, connection, opcode, payload):
+                read.append(opcode)
+
+        resumed = []
+        http = types.SimpleNamespace(options=bayeux_server.Options())
+        watch = types.SimpleNamespace(resume=resumed.append, count=lambda connection: None)
+        connection = types.SimpleNamespace(input=b"", output=(), is_closing=False, is_handled=False, deadline=0.0,
+                                           idle_time=30.0, watch=watch)
+        stream = CountingSocket(http, connection, types.SimpleNamespace(address="", headers={}))
+        connection.input = masked(TEXT_FRAME, b"x", is_final=False) if kind == 0 else b""
+        stream.consume(connection)
+        read.clear()
+        connection.input = data * 1000
+        for count in range(1, 1000 // 16):
+            stream.consume(connection)
+            assert read == [kind] * 16 * count and resumed == [connection] * count
+            assert len(connection.input) + stream.kept_input(connection) <= len(data) * 1000
+
+    def test_small_fragments_take_about_a_byte_a_byte(self):
+        reader, count = bayeux_server.FrameReader(1 << 20), 10_000
+        list(reader.feed(masked(TEXT_FRAME, b"xx", is_final=False)))
+        data = masked(0, b"xx", is_final=False)
+        tracemalloc.start()
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(count // 10):
+            list(reader.feed(data * 10))
+        after, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert after - before < 2 * 2 * count and reader.size == 2 * count + 2
+
+    def test_a_large_frame_is_not_copied_for_each_part_that_comes(self):
+        reader, data = bayeux_server.FrameReader(1 << 20), masked(TEXT_FRAME, b"x" * 100_000)
+        list(reader.feed(data[:1000]))
+        list(reader.feed(data[1000:2000]))
+        buffer = reader._buffer
+        for place in range(2000, 100_000, 1000):
+            assert list(reader.feed(data[place:place + 1000])) == [] and reader._buffer is buffer
+        assert list(reader.feed(data[100_000:])) == [(TEXT_FRAME, "x" * 100_000)] and reader.size == 0
+
+    def test_what_waits_for_a_hundred_sessions_is_one_text(self):
+        ours, peers = socket.socketpair()
+        ours.setblocking(False)
+        connection = bayeux_server.Connection(ours, "", TestOutput.Watch(), TestOutput.Protocol())
+        connection.push(b"-" * 1_000_000)
+        packet = b"x" * 100_000
+        for _ in range(100):
+            assert connection.push(packet) is None
+        waiting = list(connection.output)[1:]
+        assert len(waiting) == 100 and all(part.data.obj is packet for part in waiting)
+        assert connection.unsent > 10_000_000
+        connection.close()
+        peers.close()
+        assert connection.unsent == 0
+
+    @pytest.mark.parametrize("is_first_long", [False, True])
+    def test_who_sends_faster_than_it_is_answered_has_to_wait(self, serve, is_first_long):
+        """What it has sent stays in its own and the kernel's buffers, mostly; all is answered in order."""
+        begun, may_end = threading.Event(), threading.Event()
+        server = serve(services={"slow": lambda message: (begun.set(), may_end.wait(PATIENCE), None)[2]},
+                       anon_publish=True)
+        first = whole_post({"channel": "/service/slow", "id": -1}) if is_first_long else b""
+        count = 8000
+        with Wire(server) as wire:
+            make_buffers_small(server, wire)
+            data = first + b"".join(whole_post({**PING, "id": number}) for number in range(count))
+            sender = threading.Thread(target=wire.send, args=(data,), daemon=True)
+            sender.start()
+            connection, = server.watch.connections
+            largest = 0
+            for _ in range(2):
+                with bystander(server):
+                    largest = max(largest, len(connection.input))
+            assert begun.is_set() == is_first_long
+            may_end.set()
+            ids = []
+            while len(ids) < count:
+                ids += [reply["id"] for reply in wire.read_answer().batch]
+                largest = max(largest, len(connection.input))
+                if ids == [-1]:
+                    ids = []
+            sender.join(PATIENCE)
+            assert ids == list(range(count)) and largest < 3 * bayeux_server.RECEIVE_SIZE
 
 
 class TestSlowNeighbours:
