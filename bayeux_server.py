@@ -3916,7 +3916,7 @@ class Watch:
             if change > 0 and size > self._memory.connection_limit:
                 self._drop(connection, "its connection")
             elif change > 0 and self._memory.is_too_much_for(connection.group):
-                # Of one that is handled nothing would be freed; this one is not.
+                # To close one that is handled would free nothing.
                 neighbours = [each for each in self.connections
                               if each.group == connection.group and not each.is_handled]
                 self._drop(max(neighbours, key=lambda each: each.kept, default=connection), "its address")

@@ -9588,9 +9588,9 @@ class TestLongRequests:
         with Peer(server) as peer:
             first = [{**each, "clientId": peer.id} for each in first]
             wire = SocketWire(server) if transport == "websocket" else Wire(server)
-            send = wire.send_batch if transport == "websocket" else wire.send_post
-            send(*first)
-            send({**PING, "id": "behind"})
+            batches = [first, [{**PING, "id": "behind"}]]
+            wire.send(b"".join(masked(TEXT_FRAME, json.dumps(each).encode("ascii")) if transport == "websocket"
+                               else whole_post(*each) for each in batches))
             assert begun.wait(PATIENCE)
             with bystander(server):
                 wire.socket.settimeout(0)
