@@ -19,13 +19,13 @@ class EchoSocket(bayeux_server.WebSocket):
 
     __slots__ = ()
 
-    def _take_message(self, opcode, payload):
+    def _take_message(self, connection, opcode, payload):
         if opcode == TEXT_FRAME:
-            self._connection.push(frame(TEXT_FRAME, payload.encode("utf-8")))
+            connection.push(frame(TEXT_FRAME, payload.encode("utf-8")))
         elif opcode == BINARY_FRAME:
-            self._connection.push(frame(BINARY_FRAME, payload))
+            connection.push(frame(BINARY_FRAME, payload))
         else:
-            super()._take_message(opcode, payload)
+            super()._take_message(connection, opcode, payload)
 
 
 bayeux_server.WebSocket = EchoSocket            # what an upgrade makes of a connection
