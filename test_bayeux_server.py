@@ -10075,12 +10075,12 @@ class TestBusySockets:
         server = serve(services={"slow": lambda message: (begun.set(), may_end.wait(PATIENCE), None)[2]},
                        anon_publish=True)
         first = whole_post({"channel": "/service/slow", "id": -1}) if is_first_long else b""
-        count = 8000
+        short, count = b"OPTIONS /cometd HTTP/1.1\r\nHost: a\r\n\r\n", 1000
         with Wire(server) as wire:
-            make_buffers_small(server, wire)
-            data = first + b"".join(whole_post({**PING, "id": number}) for number in range(count))
+            data = first + b"".join(20 * short + whole_post({**PING, "id": number}) for number in range(count))
             sender = threading.Thread(target=wire.send, args=(data,), daemon=True)
             sender.start()
+            wait_until(lambda: server.watch.connections)
             connection, = server.watch.connections
             largest = 0
             for _ in range(2):
@@ -10090,12 +10090,13 @@ class TestBusySockets:
             may_end.set()
             ids = []
             while len(ids) < count:
-                ids += [reply["id"] for reply in wire.read_answer().batch]
+                answer = wire.read_answer()
+                ids += [reply["id"] for reply in answer.batch] if answer.status == 200 else []
                 largest = max(largest, len(connection.input))
                 if ids == [-1]:
                     ids = []
             sender.join(PATIENCE)
-            assert ids == list(range(count)) and largest < 3 * bayeux_server.RECEIVE_SIZE
+            assert ids == list(range(count)) and largest <= 2 * bayeux_server.RECEIVE_SIZE
 
 
 class TestSlowNeighbours:
