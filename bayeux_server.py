@@ -1860,17 +1860,17 @@ class Bayeux:
 
     def _connect_advice(self, session: Session, message: dict, crowding: str) -> dict | None:
         """News for the client: with its first connect all there is to know, later what has changed."""
+        # Faye's connects beside an event stream only show that it lives: twice in the life of a session will do.
+        is_beside = message["connectionType"] == EVENTSOURCE and not session.acknowledgement
+        pause = MULTIPLE_CLIENTS_INTERVAL if crowding else self.options.timeout if is_beside else 0.0
         if crowding or session.slowed:
-            return self._changed_advice(session, crowding)
-        if message["connectionType"] == EVENTSOURCE and not session.acknowledgement:
-            # Its connects carry nothing, and only show that it lives: twice in the life of a session will do.
-            return self._slow_advice(self.options.timeout)
-        return None if session.connected else self._advice()
+            return self._changed_advice(session, crowding, pause)
+        return None if session.connected and not is_beside else self._slow_advice(pause)
 
-    def _changed_advice(self, session: Session, crowding: str) -> dict:
+    def _changed_advice(self, session: Session, crowding: str, pause: float) -> dict:
         """Clients keep advice until there is other: so what no longer holds is taken back, once."""
         was_slowed, session.slowed = session.slowed, crowding
-        advice = self._slow_advice(MULTIPLE_CLIENTS_INTERVAL) if crowding else self._advice()
+        advice = self._slow_advice(pause)
         if SLOWED_BROWSER in (crowding, was_slowed):
             advice["multiple-clients"] = crowding == SLOWED_BROWSER
         return advice
@@ -1930,11 +1930,11 @@ class Bayeux:
     def _warn_of_limit(self, exchange: Exchange) -> None:
         """Tell who runs the server, once a minute for each address; it may be a proxy."""
         assert self.lock.locked()
-        group, address = self._group(exchange.address), exchange.address
+        group, address, limit = self._group(exchange.address), exchange.address, self.options.client_max_connections
         if not self._warned.count(group):
             self._warned.note(group)
             self.log_later(logging.WARNING, "%s keeps as many connections open as client_max_connections "
-                           "allows (%d); its other clients are told to poll%s", address, self.options.client_max_connections,
+                           "allows (%d); its other clients are told to poll%s", address, limit,
                            f"; if it is a proxy, as its X-Forwarded-For says, name it (--trusted-proxy {address})"
                            if exchange.is_forwarded else "")
 
@@ -5010,9 +5010,9 @@ class HttpTransport:
             stream.browser = secrets.token_hex(16)
             cookie = browser_cookie(stream.browser, request.is_secure)
         connection.protocol, connection.idle_time = stream, self.options.ping_interval or math.inf
-        is_written = connection.write((f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                          f"{cookie}Sec-WebSocket-Accept: {websocket_accept(key)}\r\n\r\n").encode("latin-1"))
-        if is_written is False:
+        head = ("HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                f"{cookie}Sec-WebSocket-Accept: {websocket_accept(key)}\r\n\r\n")
+        if connection.write(head.encode("latin-1")) is False:
             self.core.forget_stream(stream)     # closed before it was a stream: nobody else would
 
     def _open_event_stream(self, connection: Connection, request: Request) -> None:

@@ -737,7 +737,8 @@ class TestAddressesCounted:
         assert bayeux_server.plain_address(written) == address
 
     @pytest.mark.parametrize("address, group", [
-        ("192.0.2.1", "192.0.2.1"), ("2001:db8:0:1:a::1", "2001:db8:0:1::/64"), ("2001:db8:0:1:ffff::", "2001:db8:0:1::/64"),
+        ("192.0.2.1", "192.0.2.1"), ("2001:db8:0:1:a::1", "2001:db8:0:1::/64"),
+        ("2001:db8:0:1:ffff::", "2001:db8:0:1::/64"),
         ("2001:db8:0:2::1", "2001:db8:0:2::/64"), ("unknown", "unknown"), ("10.1.2.3", ""), ("fd00::1", "")])
     def test_ipv6_is_counted_by_its_network_and_a_trusted_proxy_not_at_all(self, address, group):
         assert bayeux_server.Addresses(["10.0.0.0/8", "fd00::/8"]).group(address) == group
@@ -1428,7 +1429,8 @@ class TestSessions:
         {"channel": "/allowed", "data": 1, "id": []}])
     def test_a_message_that_is_not_admitted_does_not_renew_it(self, message):
         """C5: nor does it count as activity."""
-        core = CorePeer(connect_timeout=100, message_acl=lambda session, message: message["channel"] != "/denied" or "No")
+        core = CorePeer(connect_timeout=100,
+                        message_acl=lambda session, message: "No" if message["channel"] == "/denied" else None)
         client_id = core.handshake()
         active = core.core.sessions[client_id].active
         core.pass_time(99)
@@ -2491,6 +2493,20 @@ class TestCrowding:
         client_id = core.handshake()
         core.hold(client_id)
         core.hold(client_id)
+
+    def test_sessions_without_a_cookie_are_not_of_one_browser(self):
+        core = CorePeer(max_sessions_per_browser=1)
+        ids = [core.handshake(), core.handshake()]
+        for client_id in ids:
+            core.core.sessions[client_id].browser = None
+            core.hold(client_id)
+
+    def test_a_connect_beside_an_event_stream_takes_no_place(self, core):
+        """Faye's: it is answered at once in any case, and seldom comes."""
+        for _ in range(2):
+            core.hold(core.handshake())
+        connect = core.connect_message(core.handshake(), connectionType="eventsource")
+        assert core.ask(connect)[0]["advice"] == {**ADVICE_USUAL, "interval": 30_000}
 
     def test_a_pause_does_not_end_the_session(self):
         core = CorePeer(client_max_connections=1, connect_timeout=3)
@@ -5853,6 +5869,7 @@ class TestSilentConnections:
     def test_where_an_address_has_no_limit_none_is_closed(self, serve_few, options):
         server = serve_few(**options)
         wires = [Wire(server) for _ in range(10)]
+        assert wires[-1].post(PING)[0]["successful"]    # so all have been accepted
         for wire in wires:
             assert wire.post(PING)[0]["successful"]
             wire.close()
@@ -5904,7 +5921,8 @@ class TestFileLimit:
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
 
     @pytest.mark.parametrize(("soft", "highest", "reached"), [
-        (256, 10_240, 10_240), (256, 65_536, 61_440), (256, 245_760, 131_072), (20_000, 10_240, 20_000), (256, 300, 256)])
+        (256, 10_240, 10_240), (256, 65_536, 61_440), (256, 245_760, 131_072), (20_000, 10_240, 20_000),
+        (256, 300, 256)])
     def test_macos_has_a_hard_limit_without_end_and_refuses_it(self, monkeypatch, resource, soft, highest, reached):
         limits = [soft, resource.RLIM_INFINITY]
 
@@ -7093,7 +7111,8 @@ class TestAddresses:
     def test_a_wrapped_ipv4_address_is_one(self, serve):
         """A server that listens on :: sees IPv4 clients as ::ffff:192.0.2.1; they and their proxies are IPv4."""
         server = serve(trusted_proxies=["10.0.0.0/8"])
-        for peer, address, group in (("::ffff:10.0.0.1", "10.0.0.1", ""), ("::ffff:192.0.2.1", "192.0.2.1", "192.0.2.1"),
+        for peer, address, group in (("::ffff:10.0.0.1", "10.0.0.1", ""),
+                                     ("::ffff:192.0.2.1", "192.0.2.1", "192.0.2.1"),
                                      ("2001:db8::7%2", "2001:db8::7", "2001:db8::/64")):
             with socket.create_server(("127.0.0.1", 0)) as listener:
                 client = socket.create_connection(listener.getsockname())
