@@ -6123,6 +6123,19 @@ class TestRequests:
         with Wire(server) as wire:
             assert wire.request("POST", "/cometd", self.BODY, X="y" * 16_000).batch[0]["id"] == "p"
 
+    def test_a_line_s_end_within_a_chunked_body_is_no_empty_line_before_a_request(self, server):
+        """It comes by itself where the network cuts it off."""
+        with Wire(server) as wire:
+            wire.post(PING)
+            connection, = server.watch.connections
+            wire.send(self.CHUNKED + b"0\r\n")
+            wait_until(lambda: connection.request is not None
+                       and connection.request.chunks._read == connection.request.chunks._read_trailer)
+            wire.send(b"\r")
+            wait_until(lambda: connection.input or connection.request.chunks.size > len(self.BODY))
+            wire.send(b"\n")
+            assert wire.read_answer().batch[0]["id"] == "p"
+
     @pytest.mark.parametrize("request_bytes", [
         whole_post(), CHUNKED + b"0\r\n\r\n", CHUNKED + b"0\r\nA: b\r\nC: d\r\n\r\n"],
         ids=["length", "chunked", "trailers"])
