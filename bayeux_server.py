@@ -535,9 +535,9 @@ class Turns:
         """Called by who has the turn, between two pieces of work: if it has had its time, the others go first."""
         if time.monotonic() - self._began >= TURN:
             self._end()
+            self._round_is_over.clear()
+            self.is_leader_awaited = True                   # before the look, or its round may end unnoticed in between
             if self.is_leader_busy:
-                self._round_is_over.clear()
-                self.is_leader_awaited = True
                 self._round_is_over.wait(10 * TURN)         # and no longer, if the leader has a great deal to do
             self._begin()
 
@@ -1221,6 +1221,25 @@ class Session:
         return self.lazy_deadline if self.lazy_deadline < deadline and self.can_take_events else deadline
 
 
+def is_for_application(fault: BaseException) -> bool:
+    """Whether it is Ctrl-C in the main thread, which means the application and not us."""
+    return isinstance(fault, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
+
+
+class SafeLogger(logging.LoggerAdapter):
+    """A logger that never raises.
+
+    The handlers of a log are the application's, and may fail too.  A thread that others need must not end by that.
+    """
+
+    def log(self, level: int, msg: object, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().log(level, msg, *args, **kwargs)
+        except BaseException as fault:
+            if is_for_application(fault):
+                raise
+
+
 class ApplicationFault(Exception):
     """The application's code failed.  That has been logged; the text names the code."""
 
@@ -1253,7 +1272,7 @@ class ApplicationCode:
             except BayeuxError:
                 raise
             except BaseException as fault:
-                if isinstance(fault, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                if is_for_application(fault):
                     raise
                 self._logger.exception("%s failed", name)
                 raise ApplicationFault(name) from None
@@ -1311,15 +1330,12 @@ class Mailbox:
 
     def open(self) -> None:
         """Handle all there is; a piece that fails harms no other."""
-        core, me = self.core, threading.get_ident()
+        core = self.core
         while True:
             with core.lock:
-                core.opening.add(me)
                 if not self.items:
                     self.is_scheduled = False
                     core.scheduled_mailboxes -= 1
-                    core.opening.discard(me)
-                    core.condition.notify_all()         # for whoever stops the server and waits for this
                     return
                 item, size = self.items.popleft()
                 self.size -= size
@@ -1414,7 +1430,7 @@ class Bayeux:
         turns: has long work done in turns (§3).
     """
 
-    def __init__(self, options: Options, logger: logging.Logger | None = None,
+    def __init__(self, options: Options, logger: logging.Logger | SafeLogger | None = None,
                  run_later: Callable[[Callable], None] = lambda job: job(),
                  deliver_here: Callable[[], bool] = lambda: False,
                  after_next_look: Callable[[Callable[[], None]], bool] = lambda job: False,
@@ -1440,7 +1456,6 @@ class Bayeux:
         self.timers: list[tuple[float, Session]] = []                       # a heap: when to look at whom
         self.mailboxes: list[Mailbox] = []                                  # to be opened
         self.full_mailboxes: set[Mailbox] = set()                           # that take no more
-        self.opening: set[int] = set()                                      # threads that run callbacks
         self.scheduled_mailboxes = 0                                        # those, and those being opened
         # By address_group: connections that are kept open, as a connect is held there or as it is a stream; sessions.
         self.kept_open: collections.Counter[str] = collections.Counter()
@@ -2237,7 +2252,8 @@ class Bayeux:
         if len(self._departed) > REMEMBERED_SESSIONS:
             self._departed.popitem(last=False)
         # What was published just before the server stops leaves with the last that the session gets.
-        last_events = session.queue if reason == ENDED_SHUTDOWN and not session.in_flight else ()
+        may_leave = reason == ENDED_SHUTDOWN and (session.uses_stream or not session.in_flight)
+        last_events = session.queue if may_leave else ()
         session.queue = ()
         if session.acknowledgement:
             session.acknowledgement.sent, session.acknowledgement.sent_again = {}, {}
@@ -2273,10 +2289,9 @@ class Bayeux:
         self.wake()
 
     def is_quiet(self) -> bool:
-        """Whether no callback is running, or waits to."""
-        assert self.lock.locked()
-        own = threading.get_ident() in self.opening     # a callback that stops the server does not wait for itself
-        return self.scheduled_mailboxes == own
+        """Whether nothing is in line to be sent, and no callback is running, or waits to."""
+        with self.lock:
+            return not (self.ready or self.scheduled_mailboxes)
 
     # -- Held connects and their answers ---------------------------------------------------
     #
@@ -2518,8 +2533,10 @@ class Bayeux:
         """Send the first of the replies that were to wait; it stands in line until it is sent, so none overtakes it."""
         with self._sending_postponed:
             if self._postponed:             # else all have left already, before another answer
-                self.send([self._postponed[0]])
-                self._postponed.popleft()
+                try:
+                    self.send([self._postponed[0]])
+                finally:
+                    self._postponed.popleft()
 
     def answer_now(self, exchange: Exchange) -> None:
         """Answer the connect held on the exchange, if it still is: another request came behind it."""
@@ -2600,12 +2617,16 @@ class Bayeux:
 
     def wake(self) -> None:
         """Have sent what was made ready, by this thread or by the wait, and the mailboxes opened.  Without the lock."""
-        must_notify = bool(self.ready) and not self._deliver_here()
-        if not (must_notify or self.mailboxes):
-            return                          # who adds something after this look calls wake, too
-        with self.lock:
-            if must_notify:
+        # A thread that adds something after these looks calls wake, too.
+        if self.ready and not self._deliver_here():
+            with self.lock:
                 self.condition.notify_all()
+        if self.mailboxes:
+            self.open_mailboxes()
+
+    def open_mailboxes(self) -> None:
+        """Have those opened into which something has been put."""
+        with self.lock:
             mailboxes, self.mailboxes = self.mailboxes, []
         for mailbox in mailboxes:
             self._run_later(mailbox.open)
@@ -2919,8 +2940,7 @@ class LongPollWait(threading.Thread):
                 if not self._sleep():
                     return
                 self.deliver()
-                self._core.wake()       # sessions may have ended, and listeners want to know
-            except Exception:           # whatever it is, others wait for their events
+            except BaseException:       # whatever it is, others wait for their events
                 self._core.logger.exception("the long-poll wait failed, and goes on")
                 time.sleep(FAILURE_PAUSE)
 
@@ -2943,20 +2963,25 @@ class LongPollWait(threading.Thread):
         if not self._delivering.acquire(blocking=rounds is None):
             return False
         try:
-            sent: list[tuple[Answer, bool]] = []
-            for number in range(rounds) if rounds else itertools.count():
-                answers = self._settle_and_take(sent, ANSWERS_AT_ONCE)
-                if not answers:
-                    return True
-                sent = self._core.send(answers)
-                if rounds and number == 1:      # most often there is no second one, and no need for a clock
-                    end = time.monotonic() + 4 * TURN
-                elif rounds and number > 1 and time.monotonic() > end:
-                    break
-            self._settle_and_take(sent, 0)
-            return True
+            return self._deliver(rounds)
         finally:
             self._delivering.release()
+            if self._core.mailboxes:    # sessions may have ended, and listeners want to know
+                self._core.open_mailboxes()
+
+    def _deliver(self, rounds: int | None) -> bool:
+        sent: list[tuple[Answer, bool]] = []
+        for number in range(rounds) if rounds else itertools.count():
+            answers = self._settle_and_take(sent, ANSWERS_AT_ONCE)
+            if not answers:
+                return True
+            sent = self._core.send(answers)
+            if rounds and number == 1:      # most often there is no second one, and no need for a clock
+                end = time.monotonic() + 4 * TURN
+            elif rounds and number > 1 and time.monotonic() > end:
+                break
+        self._settle_and_take(sent, 0)
+        return True
 
     def _settle_and_take(self, sent: list[tuple[Answer, bool]], limit: int) -> list[Answer]:
         with self._core.lock:
@@ -2964,11 +2989,16 @@ class LongPollWait(threading.Thread):
                 self._core.settle(answer, is_written)
             return self._core.take_answers(limit)
 
-    def stop(self) -> None:
+    def stop(self, patience: float | None = None) -> None:
+        """End the thread, once all that is in line has been sent; by the leader, if that is at it."""
         with self._core.lock:
             self._is_over = True
             self._core.condition.notify_all()
-        self.join()
+        self.join(patience)
+        if not self.is_alive():
+            self.deliver()
+            while self._core.ready:     # the leader left it to this thread, which was at it
+                self.deliver()
 
 
 # ======================================================================================
@@ -3258,6 +3288,7 @@ class HandlerThreads:
         self._waiting: dict[str | None, collections.deque[Job]] = {}            # by address, the next in turn first
         self._running: collections.Counter[str | None] = collections.Counter()  # jobs by address
         self._count = 0
+        self._threads: set[int] = set()                     # their idents
         self._idle = 0
         self._last_change = time.monotonic()                # when a job began, or ended
 
@@ -3278,6 +3309,10 @@ class HandlerThreads:
                 return
         refuse()
 
+    def is_here(self) -> bool:
+        """Whether this is one of the threads."""
+        return threading.get_ident() in self._threads
+
     def _is_allowed(self, address: str | None) -> bool:
         return not address or self._running[address] < self._limit_by_address
 
@@ -3293,6 +3328,8 @@ class HandlerThreads:
         return True
 
     def _work(self) -> None:
+        with self._lock:
+            self._threads.add(threading.get_ident())
         job = self._begun.get()
         while job is not None:
             address = job.address
@@ -3302,6 +3339,8 @@ class HandlerThreads:
                 self._logger.exception("a handler thread's job failed")
             job = None                          # an idle thread would keep the request of its last job
             job = self._next_job(address) or self._begun.get()
+        with self._lock:
+            self._threads.discard(threading.get_ident())    # it may be another's soon
 
     def _next_job(self, address: str | None) -> Job | None:
         """A job for that address is done: the next one, from the next line that may have a thread; or None."""
@@ -3804,15 +3843,17 @@ class Watch:
 
     def is_busy(self) -> bool:
         """Whether an answer is being made, or on its way."""
-        return any(connection.exchange is not None or connection.output for connection in list(self.connections))
+        return any(connection.exchange is not None or connection.is_handled or connection.output
+                   for connection in list(self.connections))
 
     def stop_accepting(self) -> None:
         self._wants_accepting = False
         self._next_sweep = 0.0
         self.wake()
 
-    def stop(self) -> None:
-        """Close every connection, and lead no more."""
+    def stop(self, last_job: Callable[[], None]) -> None:
+        """Have the leader do a last job, behind what it is doing now, then close every connection and lead no more."""
+        self._jobs.append(last_job)
         self._is_over = True
         self.wake()
 
@@ -3823,10 +3864,9 @@ class Watch:
         while not self._is_over:
             try:
                 self._go_round()
-            except Exception:               # whatever it is, all the connections need a leader
+            except BaseException:           # whatever it is, all the connections need a leader
                 self._logger.exception("the leader's round failed; it goes on")
                 time.sleep(FAILURE_PAUSE)
-        self._do_jobs(len(self._jobs))
         self.close_all()
 
     def _go_round(self) -> None:
@@ -3862,13 +3902,16 @@ class Watch:
     def _do_jobs(self, limit: int) -> None:
         """The first few of what was left for after the next look."""
         for _ in range(min(limit, len(self._jobs))):
-            self._jobs.popleft()()
+            try:
+                self._jobs.popleft()()
+            except BaseException:           # the others are not to blame
+                self._logger.exception("a job of the leader's failed")
 
     def _attend(self, connection: Connection, look: Callable[..., None], *arguments: Any) -> None:
         """Look at a connection; what goes wrong ends that one only."""
         try:
             look(connection, *arguments)
-        except Exception:
+        except BaseException:
             self._logger.exception("a connection from %s failed", connection.address)
             connection.abort()
 
@@ -3991,8 +4034,9 @@ class Watch:
             self._attend(connection, self._look_at_deadline)
 
     def close_all(self) -> None:
+        self._do_jobs(len(self._jobs))
         for connection in list(self.connections):
-            self.close(connection)
+            self._attend(connection, self.close)
         if self._wants_accepting:
             self._close_listener()
         self._selector.close()
@@ -4531,6 +4575,8 @@ class WebSocket(HttpStream):
     def consume(self, connection: Connection) -> None:
         """Bytes have come.  Only so many frames are read at once, and none while output waits for the peer."""
         data, connection.input = connection.input, b""
+        if self._http.is_stopping:              # its sessions have ended, and a close frame comes soon
+            return
         self._is_pinged = False
         connection.deadline = math.inf          # from here the time is ours, not the peer's
         try:
@@ -4922,6 +4968,7 @@ class HttpTransport:
         self.logger.info("refused %s from %s: %d %s",
                          f"{request.method[:20]} {request.target[:200]!r}" if request else "a request",
                          request.address if request else connection.address, fault.status, fault.text)
+        is_last = is_last or self.is_stopping   # or a client that sends without end would be read without end
         connection.input = b"" if is_last else connection.input
         connection.exchange = request or fault
         if request is None or self._is_bayeux(request):
@@ -5791,18 +5838,20 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         self._log_handler = self._open_log()
         has_limits = options.client_max_connections > 0
         self.memory = Memory(options.max_memory, has_limits, self._lack_memory)
-        turns = Turns()
-        self._handler_threads = HandlerThreads(options.max_threads - 1, self.logger, has_limits)
+        turns, log = Turns(), SafeLogger(self.logger, {})
+        self._handler_threads = HandlerThreads(options.max_threads - 1, log, has_limits)
         self.socket.setblocking(False)
         self.watch = Watch(self.socket, self._handle_request_noblock, self._deliver_before_reading,
-                           self._handler_threads, options.request_timeout, self.logger, self.memory, turns,
+                           self._handler_threads, options.request_timeout, log, self.memory, turns,
                            (lambda group: self.core.kept_open.get(group, 0)) if has_limits else None)
-        self.core = Bayeux(options, self.logger, self._handler_threads.run, self._deliver_here,
+        self.core = Bayeux(options, log, self._handler_threads.run, self._deliver_here,
                            self.watch.after_next_look, time.monotonic, self.memory, turns)
-        self.http = HttpTransport(options, self.core, self.watch, self.logger, is_loopback(self.server_address[0]))
+        self.http = HttpTransport(options, self.core, self.watch, log, is_loopback(self.server_address[0]))
         self._wait = LongPollWait(self.core)
         self._state = threading.Lock()
-        self._has_started = self._has_stopped = False
+        self._has_started = False
+        self._stopping: threading.Thread | None = None
+        self._has_stopped = threading.Event()
         self._is_relieving = threading.Lock()
         with live_servers_lock:
             live_servers.add(self)
@@ -5894,7 +5943,7 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
     def start(self) -> BayeuxServer:
         """Serve, on threads of its own, and return at once."""
         with self._state:
-            if self._has_stopped:
+            if self._stopping is not None:
                 raise RuntimeError("the server has been shut down; make another")
             if not self._has_started:
                 self._has_started = True
@@ -5911,30 +5960,63 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
             pass
 
     def shutdown(self) -> None:
-        """Stop, within `grace` seconds: free the port, answer what is held, tell local clients, hang up."""
+        """Stop, within `grace` seconds: free the port, answer what is held, tell local clients, hang up.
+
+        Returns when that is done, however many threads ask for it.  Called by the application's code on one of the
+        server's own threads (by a service, a callback, a content handler) it returns at once: the stop waits for that
+        code, and its answer still leaves.
+        """
+        is_first = False
         with self._state:
-            if self._has_stopped:
-                return
-            self._has_stopped = True
+            if self._stopping is None:
+                is_first = True
+                self._stopping = threading.Thread(target=self._stop, name="bayeux stop")
+        if is_first:
+            try:
+                self._stopping.start()
+            except RuntimeError:                # no more threads, or the interpreter ends
+                self._stop()
+        if not self._is_own_thread():
+            self._has_stopped.wait()
+
+    def _is_own_thread(self) -> bool:
+        """Whether stopping must not wait for this thread, or would wait for itself."""
+        is_known = threading.current_thread() in (self._wait, self._stopping)
+        return is_known or self._handler_threads.is_here() or self.watch.is_led_here()
+
+    def _stop(self) -> None:
+        """The steps of stopping; if one fails, the others are needed all the more."""
         deadline = time.monotonic() + self.options.grace
+        steps: list[Callable[[], None]] = [self._stop_taking, self.core.stop]
+        if self._has_started:
+            # The wait first: what it has taken to deliver is not seen to be on its way.
+            steps += [partial(self._wait.stop, self.options.grace), partial(self._let_leave, deadline),
+                      partial(self.watch.stop, self.http.close_streams), partial(self._await_leader, deadline)]
+        else:
+            steps.append(self.watch.close_all)
+        for step in [*steps, self._handler_threads.stop, self.server_close, self._close_log]:
+            try:
+                step()
+            except BaseException:
+                self.core.logger.exception("stopping failed in part")
+        self._has_stopped.set()
+
+    def _stop_taking(self) -> None:
+        """No new clients, and no new requests of old ones."""
         with live_servers_lock:
             live_servers.discard(self)
         self.http.is_stopping = True
         self.watch.stop_accepting()
-        self.core.stop()
-        if self._has_started:
-            with self.core.condition:
-                self.core.condition.wait_for(self.core.is_quiet, max(0.0, deadline - time.monotonic()))
-            while self.watch.is_busy() and time.monotonic() < deadline:
-                self.watch.has_ended.wait(0.01)
-            self._wait.stop()
-            self.http.close_streams()
-            self.watch.stop()
-            self.watch.has_ended.wait(max(0.1, deadline - time.monotonic()))
-        else:
-            self.watch.close_all()
-        self._handler_threads.stop()
-        self.server_close()
+
+    def _let_leave(self, deadline: float) -> None:
+        """Wait for what the application's code has in hand, and for output to leave."""
+        while not (self.core.is_quiet() and not self.watch.is_busy()) and time.monotonic() < deadline:
+            self.watch.has_ended.wait(0.01)
+
+    def _await_leader(self, deadline: float) -> None:
+        self.watch.has_ended.wait(max(0.1, deadline - time.monotonic()))
+
+    def _close_log(self) -> None:
         if self._log_handler is not None:
             self.logger.removeHandler(self._log_handler)
             self._log_handler.close()
@@ -6106,7 +6188,8 @@ class Demo:
         if user is not None and not (isinstance(user, str) and 0 < len(user.strip()) <= self.LONGEST_NAME):
             raise BayeuxError(400, message["channel"], f"user must be a name of 1 to {self.LONGEST_NAME} characters")
         self.change_member(client_id, user and user.strip())
-        return {"data": self.member_list()}
+        with self.lock:
+            return {"data": self.member_list()}
 
     def change_member(self, client_id: str, user: str | None) -> None:
         """Announce who came, went, or took another name; the one lock keeps the announcements in order."""

@@ -3687,7 +3687,24 @@ class TestExtensions:
         assert len(held.answer) == 2
 
 
+class Guarded(dict):
+    """A dict that may be changed only while the lock is held."""
+
+    def __init__(self, items, lock):
+        super().__init__(items)
+        self.lock = lock
+
+    def __setitem__(self, key, value):
+        assert self.lock.locked(), "a race"
+        super().__setitem__(key, value)
+
+
 class TestListeners:
+    def test_two_threads_that_add_listeners_lose_none(self, core):
+        core.core._listeners = Guarded(core.core._listeners, core.core.lock)
+        core.core.add_listener(any_function)
+        assert any_function in core.core._listeners["publish"]
+
     def test_all_six_events_with_their_details(self, core):
         """SEED: callback"""
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0"}, address="10.1.2.3")
@@ -4339,6 +4356,14 @@ class TestLongPollWait:
         for exchange in held:
             assert [event["data"] for event in exchange.wait()[1:]] == ["event"]
         assert threading.active_count() <= threads
+
+    def test_listeners_hear_of_a_session_that_ended_while_the_leader_delivered(self, core):
+        """Whoever delivers sees to it, or they would hear of it with the next request."""
+        client_id = core.handshake()
+        core.clock.advance(1000)
+        assert core.told_of("client_disconnect") == []
+        bayeux_server.LongPollWait(core.core).deliver(1)
+        assert core.told_of("client_disconnect") == [{"client_id": client_id, "reason": "timeout"}]
 
     def test_one_thread_delivers_at_a_time(self, core):
         """Or answers might overtake each other; who comes second leaves all to the first."""
@@ -5663,6 +5688,25 @@ class TestConnections:
             assert all(len(data) > 100_000 for data in first)
             assert self.fetch(peer, 51) == [str(number) for number in range(10, 60)] + ["later"]
 
+    def test_what_wakes_the_leader_is_read_under_its_lock(self, server, monkeypatch):
+        """Or a thread that comes between the reading and the noting would find the leader awake, which then sleeps."""
+        class Guarded:
+            def fileno(self):
+                return woken.fileno()
+
+            def recv(self, size):
+                assert server.watch._waking_lock.locked()
+                heard.append(size)
+                return woken.recv(size)
+
+            def close(self):
+                woken.close()
+
+        woken, heard = server.watch._woken, []
+        monkeypatch.setattr(server.watch, "_woken", Guarded())
+        server.watch.wake()
+        wait_until(lambda: heard, "the reading")
+
     def test_who_takes_in_nothing_is_hung_up_on_and_loses_nothing(self, serve):
         """C6: an answer that could not be written puts its events back in front."""
         server = serve(request_timeout=0.4)
@@ -6154,6 +6198,17 @@ class TestRequests:
                 wire.send(request_bytes[:cut])
                 wire.send(request_bytes[cut:])
                 assert wire.read_answer().batch[0]["id"] == "p"
+
+    def test_a_line_end_inside_of_a_body_is_not_taken_for_an_empty_line(self, server, monkeypatch):
+        """However the body is cut: here each byte is read by itself."""
+        consume, heard = server.http.consume, []
+        monkeypatch.setattr(server.http, "consume", lambda connection: (consume(connection), heard.append(1)))
+        with Wire(server) as wire:
+            send_at_once(wire)
+            for count, byte in enumerate(self.CHUNKED + b"0\r\n\r\n"):
+                wire.send(bytes([byte]))
+                wait_until(lambda count=count: len(heard) > count, "the reading of a byte")
+            assert wire.read_answer().batch[0]["id"] == "p"
 
     def test_an_empty_line_before_a_request_is_forgiven(self, server):
         with Wire(server) as wire:
@@ -10482,6 +10537,16 @@ class TestServer:
         first.shutdown()
         LocalClient("twins", "bot").close()
 
+    def test_an_alias_is_looked_up_while_no_server_comes_or_goes(self, server, monkeypatch):
+        class Guarded(list):
+            def __iter__(self):
+                assert bayeux_server.live_servers_lock.locked(), "a race"
+                return super().__iter__()
+
+        monkeypatch.setattr(bayeux_server, "live_servers", Guarded([server]))
+        assert bayeux_server.find_server("bayeux") is server
+        monkeypatch.undo()
+
     def test_a_server_is_live_until_it_is_stopped(self):
         server = BayeuxServer(port=0)
         assert server in bayeux_server.live_servers
@@ -10752,6 +10817,125 @@ class TestLog:
         assert stream.buffer.raw.taken == b"12345" + "\u00fc\\ud800".encode()
 
 
+class FailingLog(logging.Handler):
+    """A handler of the application's that fails at each line."""
+
+    def emit(self, record):
+        raise SystemExit("the log failed")
+
+
+class TestSurvival:
+    """§3, §9: whatever fails, once, the loops that all depend on go on: even if it cannot be logged."""
+
+    @pytest.fixture(params=[ValueError, SystemExit])
+    def failure(self, request):
+        return request.param("injected")
+
+    @pytest.fixture(params=["logged", "not logged"])
+    def hurt(self, request, server, errors, monkeypatch):
+        """A server with two handler threads, and a function after which the named method fails once."""
+        monkeypatch.setattr(bayeux_server, "FAILURE_PAUSE", 0.0)
+        handler = FailingLog()
+        if request.param == "not logged":
+            server.logger.addHandler(handler)
+        failed = threading.Event()
+
+        def fail_once(owner, name, failure):
+            whole, failures = getattr(owner, name), [failure]
+
+            def fail(*arguments):
+                if not failures:
+                    return whole(*arguments)
+                failed.set()
+                raise failures.pop()
+
+            monkeypatch.setattr(owner, name, fail)
+
+        yield server, fail_once
+        server.logger.removeHandler(handler)
+        assert failed.is_set(), "nothing has failed"
+        server.shutdown()
+        wait_until(lambda: request.param != "logged" or errors.records, "a line in the log")
+        assert all("injected" in line for line in errors.take())
+
+    def test_the_leader(self, hurt, failure):
+        server, fail_once = hurt
+        fail_once(server.watch._selector, "select", failure)
+        with bystander(server), Peer(server) as peer:
+            peer.subscribe("/a")
+            peer.publish("/a", 1)
+            assert events_of(peer.connect()) == [1]
+
+    def test_the_leader_while_it_delivers(self, hurt, failure):
+        server, fail_once = hurt
+        with bystander(server), Peer(server) as peer:
+            fail_once(server.core, "take_answers", failure)
+            peer.subscribe("/a")
+            hold_connect(server, peer)
+            peer.side.send_post({"channel": "/a", "clientId": peer.id, "data": 1})
+            peer.side.read_answer()                     # its reply may be lost, and the connection
+            server.publish("/a", 2)
+            assert events_of(peer.read_answer().batch)
+
+    def test_the_wait(self, hurt, failure):
+        server, fail_once = hurt
+        with bystander(server):
+            fail_once(server.core, "has_work", failure)
+            server.publish("/other", 1)
+
+    def test_a_connection_that_fails_is_the_only_one(self, hurt, failure):
+        server, fail_once = hurt
+        with bystander(server):
+            with Wire(server) as wire:
+                wire.post(PING)
+                fail_once(server.http, "consume", failure)
+                wire.send(whole_post())
+                assert wire.is_closed_by_server()
+            with Wire(server) as wire:
+                assert wire.post(PING)[0]["successful"]
+
+    def test_a_handler_thread(self, hurt, failure):
+        server, fail_once = hurt
+        server.service("echo")(lambda message: {"data": "echo"})
+        with Peer(server) as peer:
+            for _ in range(server.options.max_threads):
+                job = SlowExchange(None)
+                fail_once(job, "give_up", failure)
+                server._handler_threads.run(job.give_up)
+            wait_until(lambda: not server._handler_threads._running, "the end of the jobs")
+            assert peer.ask("/service/echo", data="")["data"] == "echo"
+
+    def test_a_mailbox(self, hurt, failure):
+        server, fail_once = hurt
+        heard = []
+        client = LocalClient(server, "bot")
+        client.subscribe("/a", lambda message: heard.append(message["data"]))
+        fail_once(client.mailbox.handle.__self__._core.application, "run", failure)
+        server.publish("/a", 1)
+        wait_until(lambda: not server.core.scheduled_mailboxes, "the end of the first")
+        server.publish("/a", 2)
+        wait_until(lambda: heard == [2], "the second event")
+
+    def test_a_service_and_what_is_behind_it(self, hurt, failure):
+        server, fail_once = hurt
+        server.service("fails")(lambda message: server.fails(message))
+        server.fails = lambda message: {"data": "goes on"}
+        with Peer(server) as peer:
+            fail_once(server, "fails", failure)
+            first, second = peer.side.post(*[{"channel": "/service/fails", "clientId": peer.id}] * 2)
+            assert first["error"].startswith("500:") and second["data"] == "goes on"
+
+    def test_a_postponed_reply(self, hurt, failure):
+        """It may be lost, but does not stand in front of all others."""
+        server, fail_once = hurt
+        with bystander(server), Wire(server) as lost, Peer(server) as peer:
+            client_id = lost.post(HANDSHAKE)[0]["clientId"]
+            fail_once(server.core, "send", failure)
+            lost.send_post({"channel": "/a", "clientId": client_id, "data": 1})
+            wait_until(lambda: "send" in vars(server.core) and not server.core._postponed, "the first reply")
+            peer.publish("/a", 2)
+
+
 class TestStopping:
     """§11: no new requests, every held connect answered, local clients told, the port free, within `grace`."""
 
@@ -10774,13 +10958,160 @@ class TestStopping:
             peer.close()
         assert all(isinstance(interval, int) and interval >= 0 for interval in intervals) and len(intervals) > 1
 
-    def test_a_callback_may_stop_the_server_and_is_not_waited_for(self, serve):
-        """It would wait for itself until `grace` is over."""
-        server, is_over = serve(grace=1000), threading.Event()
-        client = LocalClient(server, "stopper")
-        client.subscribe("/stop", lambda message: (server.shutdown(), is_over.set()))
-        server.publish("/stop", True)
-        assert is_over.wait(PATIENCE)
+    @staticmethod
+    def has_stopped(server):
+        wait_until(server._has_stopped.is_set, "the end of the stop")
+        assert server.watch.has_ended.is_set() and not server._wait.is_alive()
+        return True
+
+    @pytest.mark.parametrize("place", ["callback", "on_end", "listener", "service", "message_acl", "extension",
+                                       "content_handler", "post_handle"])
+    @pytest.mark.parametrize("kind", [Peer, SocketPeer])
+    def test_the_applications_code_may_stop_the_server_and_its_client_is_answered(self, serve, place, kind):
+        """The stop would wait for the code, and the code for the stop, until `grace` is over."""
+        called = []
+
+        def stop(*arguments):
+            if any("stop" in str(getattr(each, "path", each)) for each in arguments):
+                server.shutdown()
+                server.shutdown()
+                called.append(place)
+            return b"stopped" if place == "content_handler" else None
+
+        class Extension:
+            def incoming(self, session, message):
+                stop(message)
+                return message
+
+        options = {"service": {"services": {"stop": stop}}, "message_acl": {"message_acl": stop},
+                   "extension": {"extensions": [Extension()]}, "listener": {"callback": stop},
+                   "content_handler": {"content_handlers": {"/stop": stop}},
+                   "post_handle": {"post_handle": stop, "content_handlers": {"/stop": lambda request: "text"}}}
+        server = serve(grace=1000, **options.get(place, {}))
+        with LocalClient(server, "local", on_end=lambda reason: server.shutdown()) as client:
+            client.subscribe("/end", stop if place == "callback" else None)
+            with kind(server) as peer:
+                if place in ("content_handler", "post_handle"):
+                    with Wire(server) as wire:
+                        assert wire.request("GET", "/stop").status == 200
+                elif place == "on_end":
+                    server.end_session(client.id, "asked")
+                else:
+                    channel = "/service/stop" if place == "service" else "/end"
+                    assert peer.ask(channel, data="stop")["successful"]
+                assert self.has_stopped(server)
+        assert called == [place] or place == "on_end"
+
+    def test_a_second_call_returns_when_the_first_does(self, serve):
+        with self.stopping_server(serve) as (server, _, _, may_return):
+            seen = []
+            second = threading.Thread(target=lambda: (server.shutdown(), seen.append(server.watch.has_ended.is_set())))
+            second.start()
+            may_return.set()
+            second.join(PATIENCE)
+            assert seen == [True]
+        server.shutdown()
+
+    @pytest.mark.parametrize("failing", ["core.stop", "_wait.stop", "http.close_streams", "watch.stop_accepting"])
+    def test_a_step_of_stopping_that_fails_leaves_none_of_the_others_out(self, serve, errors, monkeypatch, failing):
+        def fail(*arguments):
+            raise SystemExit(failing)
+
+        server = serve(grace=0.2)
+        with Peer(server) as peer:
+            owner, _, name = failing.rpartition(".")
+            with monkeypatch.context() as patch:
+                patch.setattr(getattr(server, owner), name, fail)
+                server.shutdown()
+            assert server.watch.has_ended.is_set()
+            assert peer.is_closed_by_server()
+        server._wait.stop()
+        assert failing in errors.take()[0]
+
+    def test_clients_that_send_without_end_do_not_hold_up_the_stop(self, serve):
+        """Every held connect gets its last reply, and `grace` is not used up."""
+        server = serve(grace=1000, anon_publish=True)
+        with ExitStack() as stack:
+            peers = [stack.enter_context(Peer(server)) for _ in range(20)]
+            for peer in peers:
+                hold_connect(server, peer)
+            flood = json.dumps([{"channel": "/none", "data": "x"}] * 10).encode()
+            for kind, data in [(Wire, whole_post(*json.loads(flood)) * 20), (SocketWire, masked(TEXT_FRAME, flood) * 20)]:
+                for _ in range(3):
+                    wire = stack.enter_context(kind(server))
+                    for job in (partial(self.send_for_ever, wire, data), partial(self.read_for_ever, wire)):
+                        threading.Thread(target=job, daemon=True).start()
+            server.shutdown()
+            for peer in peers:
+                reply, = peer.read_answer().batch
+                assert reply["successful"] and reply["advice"]["interval"] > 0
+
+    @staticmethod
+    def send_for_ever(wire, data):
+        with suppress(OSError):
+            while True:
+                wire.send(data)
+
+    @staticmethod
+    def read_for_ever(wire):
+        with suppress(OSError):
+            while wire.socket.recv(65536):
+                pass
+
+    def test_a_batch_that_comes_over_a_socket_meanwhile_is_not_handled(self, serve):
+        server = serve(anon_publish=True, grace=1000)
+        heard, is_called, may_return = [], threading.Event(), threading.Event()
+        server.add_listener(lambda *event: heard.append(event), ["publish"])
+        server.service("wait")(lambda message: is_called.set() or may_return.wait(PATIENCE) and None)
+        with SocketWire(server) as wire, Peer(server) as peer:
+            peer.side.send_post({"channel": "/service/wait", "clientId": peer.id})
+            assert is_called.wait(PATIENCE)
+            stopping = threading.Thread(target=server.shutdown)
+            stopping.start()
+            wait_until(lambda: server.core.stopping, "the beginning of the stop")
+            wire.send_batch({"channel": "/a", "data": "late"})
+            may_return.set()
+            assert wire.read_close()[0] == 1001
+            stopping.join(PATIENCE)
+        assert heard == []
+
+    def test_an_event_that_is_about_to_leave_is_not_cut_off(self, serve, monkeypatch):
+        """The wait has taken it, and no output waits yet: that is not the end of the work."""
+        server = serve(grace=PATIENCE)
+        with SocketPeer(server) as peer:
+            make_buffers_small(server, peer)
+            peer.subscribe("/a")
+            send, is_called = server.core.send, threading.Event()
+
+            def send_late(answers):
+                if any(answer.events for answer in answers):
+                    is_called.set()
+                    wait_until(lambda: server._wait._is_over, "the stop of the wait")
+                return send(answers)
+
+            monkeypatch.setattr(server.core, "send", send_late)
+            server.publish("/a", "x" * 5_000_000)
+            assert is_called.wait(PATIENCE)
+            stopping = threading.Thread(target=server.shutdown)
+            stopping.start()
+            assert [len(data) for data in peer.receive(1)] == [5_000_000]
+            assert peer.read_close()[0] == 1001
+            stopping.join(PATIENCE)
+
+    def test_what_waits_behind_an_event_on_its_way_leaves_too(self, serve):
+        """Over a socket, which keeps the order."""
+        server = serve(grace=PATIENCE)
+        with SocketPeer(server) as peer:
+            make_buffers_small(server, peer)
+            peer.subscribe("/a")
+            server.publish("/a", "x" * 5_000_000)
+            wait_until(lambda: has_unsent_output(server), "output that waits")
+            server.publish("/a", "last")
+            assert session_of(server, peer.id).in_flight
+            stopping = threading.Thread(target=server.shutdown)
+            stopping.start()
+            assert [data[-4:] for data in peer.receive(2)] == ["xxxx", "last"]
+            stopping.join(PATIENCE)
 
     def test_events_published_before_the_end_leave_with_the_last_reply(self, core):
         client_id = core.handshake()
@@ -10859,6 +11190,7 @@ class TestStopping:
             idle.send_post({"channel": "/meta/handshake", "version": "1.0"})
             answer = idle.read_answer()
             assert answer.status == 503 and int(answer.headers["retry-after"]) > 0
+            assert answer.headers["connection"] == "close"
             assert answer.batch[0]["successful"] is False and answer.batch[0]["error"].startswith("503:")
             wait_until(lambda: not self.can_connect(server), "the end of listening")
 
@@ -10875,6 +11207,21 @@ class TestStopping:
             may_return.set()
             reply, = peer.side.read_answer().batch
             assert reply["successful"] and reply["id"] == "slow"
+
+    def test_a_request_in_hand_over_a_socket_is_finished(self, serve):
+        """It is no exchange of HTTP, and has sent nothing so far; the stop waits for it all the same."""
+        is_called, may_return = threading.Event(), threading.Event()
+        server = serve(services={"wait": lambda message: is_called.set() or may_return.wait(PATIENCE) and None},
+                       grace=1000)
+        with SocketPeer(server) as peer:
+            number = peer.begin("/service/wait")
+            assert is_called.wait(PATIENCE)
+            assert server.watch.is_busy()
+            stopping = threading.Thread(target=server.shutdown)
+            stopping.start()
+            may_return.set()
+            assert peer.reply(number)["successful"]
+            stopping.join(PATIENCE)
 
     def test_a_stuck_service_does_not_hold_up_the_end(self, serve, errors):
         """Within `grace`; only the thread that is stuck outlives the server."""
