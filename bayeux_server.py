@@ -5518,9 +5518,10 @@ class Files:
 # the long-poll wait (§7).  Of socketserver it uses the making of the listening socket and the
 # accepting; a connection is then parked, not given a thread.
 #
-# Stopping, within `grace` seconds: free the port; end all sessions, so that every held connect gets
-# its last reply and local clients are told; wait until callbacks are done and answers written; close
-# the streams, with a word of why where they have one; hang up.
+# Stopping, within `grace` seconds, on a thread of its own: free the port, and refuse new requests; end
+# all sessions, so that every held connect gets its last reply and local clients are told; have the
+# wait send all that is in line, and end; wait until the application's code is done and all output has
+# left; close the streams, with a word of why where they have one; hang up.
 # ======================================================================================
 
 class OptionError(ValueError):
