@@ -10162,7 +10162,7 @@ class TestBusySockets:
         server = serve(services={"slow": lambda message: (begun.set(), may_end.wait(PATIENCE), None)[2]},
                        anon_publish=True)
         first = whole_post({"channel": "/service/slow", "id": -1}) if is_first_long else b""
-        short, count = b"OPTIONS /cometd HTTP/1.1\r\nHost: a\r\n\r\n", 1000
+        short, count = b"OPTIONS /cometd HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", 1000
         with Wire(server) as wire:
             data = first + b"".join(20 * short + whole_post({**PING, "id": number}) for number in range(count))
             sender = threading.Thread(target=wire.send, args=(data,), daemon=True)
