@@ -10105,7 +10105,7 @@ class TestBusySockets:
                 read.append(opcode)
 
         resumed = []
-        http = types.SimpleNamespace(options=bayeux_server.Options())
+        http = types.SimpleNamespace(options=bayeux_server.Options(), is_stopping=False)
         watch = types.SimpleNamespace(resume=resumed.append, count=lambda connection: None)
         connection = types.SimpleNamespace(input=b"", output=(), is_closing=False, is_handled=False, deadline=0.0,
                                            idle_time=30.0, kept=0, watch=watch)
@@ -10829,7 +10829,8 @@ class TestSurvival:
 
     @pytest.fixture(params=[ValueError, SystemExit])
     def failure(self, request):
-        return request.param("injected")
+        """Makes an exception; one that is kept would keep all that its traceback has seen."""
+        return partial(request.param, "injected")
 
     @pytest.fixture(params=["logged", "not logged"])
     def hurt(self, request, server, errors, monkeypatch):
@@ -10847,7 +10848,7 @@ class TestSurvival:
                 if not failures:
                     return whole(*arguments)
                 failed.set()
-                raise failures.pop()
+                raise failures.pop()()
 
             monkeypatch.setattr(owner, name, fail)
 
