@@ -1232,6 +1232,9 @@ class SafeLogger(logging.LoggerAdapter):
     The handlers of a log are the application's, and may fail too.  A thread that others need must not end by that.
     """
 
+    def __init__(self, logger: logging.Logger) -> None:
+        super().__init__(logger, {})
+
     def log(self, level: int, msg: object, *args: Any, **kwargs: Any) -> None:
         try:
             super().log(level, msg, *args, **kwargs)
@@ -1430,6 +1433,17 @@ class Bayeux:
         turns: has long work done in turns (§3).
     """
 
+    # An instance of more than 30 attributes is slow to CPython, but for these: 8 % of the instructions of a delivery.
+    __slots__ = ("__dict__", "__weakref__", "_after_next_look", "_asks_application", "_deliver_here",
+                 "_departed", "_group", "_held_by_browser", "_incoming", "_lazy_patterns",
+                 "_limits_addresses", "_listeners", "_log_lines", "_meta", "_missed_notices",
+                 "_most_of_browser", "_notices", "_outgoing", "_plain_logger", "_postponed", "_rates",
+                 "_run_later", "_sending_postponed", "_sessions_of", "_unknown_clients", "_untold",
+                 "_warned", "addresses", "application", "clock", "condition", "connection_types",
+                 "full_mailboxes", "kept_open", "local_clients", "lock", "logger", "mailboxes",
+                 "memory", "options", "overfull", "ready", "registry", "scheduled_mailboxes",
+                 "services", "sessions", "stopping", "timers", "turns")
+
     def __init__(self, options: Options, logger: logging.Logger | SafeLogger | None = None,
                  run_later: Callable[[Callable], None] = lambda job: job(),
                  deliver_here: Callable[[], bool] = lambda: False,
@@ -1438,6 +1452,7 @@ class Bayeux:
                  memory: Memory | None = None, turns: Turns | None = None) -> None:
         self.options = options
         self.logger = logger or logging.getLogger("bayeux_server")
+        self._plain_logger = self.logger.logger if isinstance(self.logger, SafeLogger) else self.logger     # quick to ask
         self.clock = clock
         self.addresses = Addresses(options.trusted_proxies)
         self._group = self.addresses.group
@@ -1508,7 +1523,7 @@ class Bayeux:
         A handshake makes the rest of its request void (Bayeux, "Handshake Request").  A connect is
         handled first, whatever its place, and what was published before it goes with its answer.
         """
-        if self.logger.isEnabledFor(logging.DEBUG):
+        if self._plain_logger.isEnabledFor(logging.DEBUG):
             self.logger.debug("from %s: %.1000s", exchange.address, messages)
         turn = Turn(exchange)
         texts = self._replies_to_all(messages, turn) if len(messages) > 1 else self._replies_to(messages[0], turn)
@@ -1828,8 +1843,10 @@ class Bayeux:
             raise BayeuxError(400, CONNECT, f"connectionType must be {' or '.join(self.connection_types)}")
         if turn.connecting is not None:
             raise BayeuxError(409, CONNECT, "One connect a request")
-        self._require_place_on(session, turn.exchange.stream)
-        self._end_inactive(session)
+        if turn.exchange.stream is not None:
+            self._require_place_on(turn.exchange.stream, session)
+        if self.options.max_inactivity:
+            self._end_inactive(session)
         crowding = self._crowding(session, message, turn)
         advice = self._connect_advice(session, message, crowding)
         patience = 0.0 if crowding else self._patience(session, message, turn)
@@ -1853,10 +1870,10 @@ class Bayeux:
         turn.connecting = session
         return [] if patience > 0 else self._finish(session, message, reply, number)
 
-    def _require_place_on(self, session: Session, stream: Stream | None) -> None:
+    def _require_place_on(self, stream: Stream, session: Session) -> None:
         """A stream carries only so many sessions; those on it go on.  The pause is for clients that retry at once."""
         limit = self.options.max_sessions_per_connection
-        if stream is not None and session.stream is not stream and len(stream.sessions) >= limit:
+        if session.stream is not stream and len(stream.sessions) >= limit:
             raise BayeuxError(429, CONNECT, f"More than {limit} sessions on one connection",
                               advice={**self._advice(), "interval": BUSY_RETRY * 1000})
 
@@ -1902,7 +1919,7 @@ class Bayeux:
     def _end_inactive(self, session: Session) -> None:
         """(CometD's activity extension): a page that was left open only sends heart-beats."""
         limit = self.options.max_inactivity
-        if limit and self.clock() - session.active > limit:
+        if self.clock() - session.active > limit:
             with self.lock:
                 self.end_session(session, ENDED_INACTIVE)
             raise BayeuxError(402, session.id or "", f"Session ended by {ENDED_INACTIVE}",
@@ -2458,7 +2475,7 @@ class Bayeux:
         All are packed before the first is sent: a system call drives our code out of the processor's caches, so
         little should stand between one and the next.  What fails is not tried again: it would fail for ever.
         """
-        is_logged = self.logger.isEnabledFor(logging.DEBUG)
+        is_logged = self._plain_logger.isEnabledFor(logging.DEBUG)
         for answer in answers:
             try:
                 answer.packet = answer.exchange.pack(answer)
@@ -3888,14 +3905,16 @@ class Watch:
                 with self._waking_lock:
                     self._is_awake = False
                     self._woken.recv(4096)
-        self._do_jobs(jobs)
-        for _ in range(len(self._handled)):
+        if jobs:
+            self._do_jobs(jobs)
+        while self._handled:
             connection = self._handled.popleft()
             connection.is_handled, connection.handled_size = False, 0
-            self._attend(connection, self._look_again)
-        # Each once a round, however often it was resumed, or one that is resumed by each look would soon be all there is.
-        for connection in dict.fromkeys([self._resumed.popleft() for _ in range(len(self._resumed))]):
-            self._attend(connection, self._look_again)
+            self._resumed.append(connection)
+        if self._resumed:
+            # Each once a round, however often it was resumed, or one that each look resumes would soon be all there is.
+            for connection in dict.fromkeys([self._resumed.popleft() for _ in range(len(self._resumed))]):
+                self._attend(connection, self._look_again)
         if time.monotonic() >= self._next_sweep:
             self._sweep()
 
@@ -4761,7 +4780,7 @@ class HttpTransport:
         self.core = core
         self._hosts = admitted_hosts(options, is_local)
         self._allowed_origins = {read_origin(each) for each in options.allowed_origins}
-        self._is_admitted = lru_cache(maxsize=HOSTS_KEPT)(partial(is_admitted, self._hosts))
+        self._admitted_hosts: set[str] = set()          # of those that have been asked for
         self.is_stopping = False
         self._watch = watch
         self.logger = logger
@@ -4787,6 +4806,7 @@ class HttpTransport:
                     return
                 connection.deadline = math.inf  # from here the time is ours, not the client's
                 connection.is_arriving = False
+                connection.exchange = request   # busy; a Bayeux request puts its own exchange here
                 self._respond(connection, request)
                 is_waiting = connection.is_closing or connection.is_handled or connection.output
                 if is_waiting or not connection.input:
@@ -4844,9 +4864,11 @@ class HttpTransport:
             parse = parse_kept_head if end <= LONGEST_KEPT else parse_head
             request = connection.request = Request(*parse(head))
             request.is_secure = connection.is_secure
-            request.address = self.core.addresses.client(
-                connection.address, request.headers.get("x-forwarded-for"))
-            self._check_host(request)
+            request.address = connection.address
+            if "x-forwarded-for" in request.headers:
+                request.address = self.core.addresses.client(connection.address, request.headers["x-forwarded-for"])
+            if request.host not in self._admitted_hosts:
+                self._admit_host(request.host)
             self._expect_body(connection, request)
         if request.chunks is not None:
             connection.input = request.chunks.feed(connection.input)
@@ -4913,11 +4935,13 @@ class HttpTransport:
         request.body = bytes(request.body)
         return True
 
-    def _check_host(self, request: Request) -> None:
+    def _admit_host(self, host: str) -> None:
         """Refuse a name that the server does not have: DNS rebinding (see admitted_hosts)."""
-        if not self._is_admitted(request.host):
-            raise HTTPFault(421, f"This host is not known here. To allow it use --allowed-host {request.host} "
+        if not is_admitted(self._hosts, host):
+            raise HTTPFault(421, f"This host is not known here. To allow it use --allowed-host {host} "
                                  "(in Python allowed_hosts)")
+        if len(self._admitted_hosts) < HOSTS_KEPT:
+            self._admitted_hosts.add(host)
 
     # -- Answering it ----------------------------------------------------------------------
 
@@ -4927,15 +4951,13 @@ class HttpTransport:
         Arguments:
             job: makes the answer, if that is known already.
         """
-        connection.exchange = connection.exchange or request    # busy; a Bayeux request puts its own exchange here
         try:
             if job is not None:
                 job()
             elif not self._is_bayeux(request):
                 self._hand_over(connection, request, partial(self._answer_plainly, connection, request))
-            elif len(request.body) > SHORT_REQUEST or len(request.query) > SHORT_REQUEST:
-                receive = partial(self._receive_batch, connection, request)
-                self._hand_over(connection, request, partial(self._unless_gone, connection, receive))
+            elif len(request.body) > SHORT_REQUEST:     # a query is part of the head, and never long
+                self._hand_over(connection, request, partial(self._receive_batch, connection, request))
             else:
                 self._receive_batch(connection, request)
         except HTTPFault as fault:
@@ -5011,27 +5033,23 @@ class HttpTransport:
         else:
             callback, texts = None, post_messages(request)
         messages = decode_batch(texts, self.options.max_batch)
+        if self.is_stopping:
+            self._require_service(messages)
+        connection.exchange = exchange = HttpExchange(self, connection, request, callback)
         if self.core.may_take_its_time(messages):
-            receive = partial(self._receive_messages, connection, request, callback, messages)
-            self._hand_over(connection, request, partial(self._unless_gone, connection, receive), messages)
+            self._hand_over(connection, request, partial(self._receive_unless_gone, messages, exchange), messages)
         else:
-            self._receive_messages(connection, request, callback, messages)
+            self.core.receive(messages, exchange)
+            exchange.forget_cookie()
 
-    @staticmethod
-    def _unless_gone(connection: Connection, receive: Callable[[], None]) -> None:
+    def _receive_unless_gone(self, messages: list, exchange: HttpExchange) -> None:
         """Messages whose client has hung up before a thread was free are not handled.
 
         Of plain HTTP only writing tells: some clients close their own direction when they have asked for a file.
         """
-        if not connection.is_gone():
-            receive()
-
-    def _receive_messages(self, connection: Connection, request: Request, callback: str | None,
-                          messages: list) -> None:
-        self._require_service(messages)
-        connection.exchange = exchange = HttpExchange(self, connection, request, callback)
-        self.core.receive(messages, exchange)
-        exchange.forget_cookie()
+        if not exchange.is_gone():
+            self.core.receive(messages, exchange)
+            exchange.forget_cookie()
 
     @staticmethod
     def _callback(request: Request) -> str | None:
@@ -5839,7 +5857,7 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         self._log_handler = self._open_log()
         has_limits = options.client_max_connections > 0
         self.memory = Memory(options.max_memory, has_limits, self._lack_memory)
-        turns, log = Turns(), SafeLogger(self.logger, {})
+        turns, log = Turns(), SafeLogger(self.logger)
         self._handler_threads = HandlerThreads(options.max_threads - 1, log, has_limits)
         self.socket.setblocking(False)
         self.watch = Watch(self.socket, self._handle_request_noblock, self._deliver_before_reading,
