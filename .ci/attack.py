@@ -175,13 +175,16 @@ class Server:
             options.update(tls_cert=str(folder / "cert.pem"), tls_key=str(folder / "key.pem"))
         settings = {"module": str(module), "docroot": str(folder / "docroot"), "options": options,
                     "application": attack.application, "files": attack.files}
+        # Where nobody reads the log, it is the command line's; in a program the log's handlers are the program's own.
+        program = ([str(module), "--port", "0", "--docroot", settings["docroot"]] if attack.log_pipe else
+                   [__file__, "--serve", json.dumps(settings)])
         self.log_file = folder / "log"
         with open(self.log_file, "wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, "--serve", json.dumps(settings)], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE if attack.log_pipe else log)
+                [sys.executable, *program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE if attack.log_pipe else log)
         ready = select.select([self.process.stdout], [], [], PATIENCE)[0]
-        opening = re.match(rb"(https?)://127\.0\.0\.1:(\d+)/", self.process.stdout.readline() if ready else b"")
+        opening = re.search(rb"(https?)://127\.0\.0\.1:(\d+)/", self.process.stdout.readline() if ready else b"")
         if opening is None:
             self.stop()
             sys.exit(f"attack.py: the server does not start\n{self.log_file.read_text()}")
