@@ -546,16 +546,22 @@ class Turns:
         """Whether this thread has the turn."""
         return self._owner == threading.get_ident()
 
-    def pause(self) -> None:
-        """Called by who has the turn, between two pieces of work: if it has had its time, the others go first."""
-        if time.monotonic() - self._began >= TURN:
-            self._end()
-            self._round_is_over.clear()
-            self.is_leader_awaited = True                   # before the look, or its round may end unnoticed in between
-            # A busy leader may have a great deal to do.  One that seems idle may be waiting for the interpreter: a
-            # thread that lets go of it only for the moment of a system call would take it back before the leader wakes.
-            self._round_is_over.wait(10 * TURN if self.is_leader_busy else TURN / 10)
-            self._begin()
+    def pause(self) -> bool:
+        """Let the others go first, if this thread has had its time.  Called between two pieces of work.
+
+        Returns:
+            Whether it paused.
+        """
+        if time.monotonic() - self._began < TURN:
+            return False
+        self._end()
+        self._round_is_over.clear()
+        self.is_leader_awaited = True       # before the look, or its round may end unnoticed in between
+        # A busy leader may have a great deal to do.  One that seems idle may be waiting for the interpreter: a thread
+        # that lets go of it only for the moment of a system call would take it back before the leader wakes.
+        self._round_is_over.wait(10 * TURN if self.is_leader_busy else TURN / 10)
+        self._begin()
+        return True
 
     @contextlib.contextmanager
     def interrupted(self) -> Iterator[None]:
@@ -563,11 +569,13 @@ class Turns:
         if not self.is_here():
             yield
             return
+        began = self._began                 # its turn goes on: many short calls must not make it a long one
         self._end()
         try:
             yield
         finally:
             self._begin()
+            self._began = began
 
     def end_round(self) -> None:
         """The leader's: all that had come is done, and somebody waits for that."""
@@ -1576,14 +1584,11 @@ class Bayeux:
             return self._replies_to(messages[channels.index(HANDSHAKE)], turn)
         turn.is_shared = True
         replies: list[list[str]] = [[]] * len(messages)
-        is_aside, looked = self.turns.is_here(), time.monotonic()
+        is_aside = self.turns.is_here()
         for place in sorted(range(len(messages)), key=lambda place: channels[place] != CONNECT):
             replies[place] = self._replies_to(messages[place], turn)
-            if is_aside and time.monotonic() - looked >= TURN:
-                self.turns.pause()
-                if turn.exchange.is_gone():
-                    break
-                looked = time.monotonic()
+            if is_aside and self.turns.pause() and turn.exchange.is_gone():
+                break
         return [text for each in replies for text in each]
 
     def _replies_to(self, message: Any, turn: Turn) -> list[str]:

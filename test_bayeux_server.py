@@ -2014,7 +2014,9 @@ class TestApplicationCode:
         wait_until(lambda: body.closed and not server.watch.connections, "the end of the connection")
 
     @pytest.mark.parametrize("transport", ["long-polling", "websocket"])
-    def test_messages_of_a_client_that_has_gone_are_not_handled_on(self, serve, transport):
+    def test_messages_of_a_client_that_has_gone_are_not_handled_on(self, serve, transport, monkeypatch):
+        """The server looks once a turn."""
+        monkeypatch.setattr(bayeux_server, "TURN", 0)
         called, begun, is_gone = [], threading.Event(), threading.Event()
 
         def service(message):
