@@ -5940,18 +5940,24 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
             self.watch.do_soon(self._relieve_memory)
 
     def _relieve_memory(self) -> None:
-        """End those that keep most, one after another, until it is enough."""
+        """End those that keep most, one after another, until it is enough.
+
+        That is reckoned by what each of them keeps: without a GIL CPython frees an event only when the thread that made
+        it runs next.  If others keep the same events, the next event finds too little memory, too.
+        """
         try:
             with self.core.lock:
+                excess = self.memory.used - self.memory.limit
                 sessions = [(session.waiting_size, session) for session in self.core.sessions.values()]
             connections = [(each.kept, each) for each in self.watch.connections if not each.is_handled]
             for size, keeper in sorted(sessions + connections, key=lambda pair: -pair[0]):
-                with self.core.lock:
-                    if size == 0 or self.memory.used <= self.memory.limit:
-                        break
-                    if isinstance(keeper, Session):
+                if size == 0 or excess <= 0:
+                    break
+                excess -= size
+                if isinstance(keeper, Session):
+                    with self.core.lock:
                         self.core.end_session(keeper, ENDED_MEMORY)
-                if not isinstance(keeper, Session):
+                else:
                     self.logger.warning("a connection from %s is closed: more than max_memory waits, %d bytes in this one",
                                         keeper.address, size)
                     self.watch.close(keeper)
