@@ -912,7 +912,7 @@ class TestBudgetsAndTurns:
             threads = [threading.Thread(target=take, args=(number,), daemon=True) for number in range(5)]
             for number, thread in enumerate(threads, 1):
                 thread.start()
-                wait_until(lambda number=number: sum(map(len, turns._waiting.values())) == number)
+                wait_until(lambda number=number: sum(map(len, list(turns._waiting.values()))) == number)
             assert order == [] and turns.is_here()
         for thread in threads:
             thread.join(PATIENCE)
@@ -929,7 +929,7 @@ class TestBudgetsAndTurns:
             for address in ("a", "a", "a", "b", "c", "b"):
                 threads.append(threading.Thread(target=take, args=(address,), daemon=True))
                 threads[-1].start()
-                wait_until(lambda: sum(map(len, turns._waiting.values())) == len(threads))
+                wait_until(lambda: sum(map(len, list(turns._waiting.values()))) == len(threads))
         for thread in threads:
             thread.join(PATIENCE)
         assert order == ["a", "b", "c", "a", "b", "a"]
