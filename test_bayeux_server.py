@@ -5909,6 +5909,7 @@ class TestSilentConnections:
             assert wire.is_closed_by_server()
         for wire in wires[2:]:
             assert wire.post(PING)[0]["successful"]
+        for wire in wires:
             wire.close()
         line, = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         assert all(fact in line for fact in ("127.0.0.1", "more than 3 silent", "client_max_connections=0"))
@@ -11638,8 +11639,9 @@ class TestCommandLine:
                 for _ in range(1500):
                     assert not wire.post({"channel": "/meta/unknown/" + "x" * 50})[0]["successful"]
             program.process.send_signal(signal.SIGTERM)
-            assert program.process.wait(PATIENCE) == 0
-            assert len(program.process.stderr.read()) > 50_000
+            with program.process as process:
+                assert process.wait(PATIENCE) == 0
+                assert len(process.stderr.read()) > 50_000
 
     def test_bare_has_no_demo(self):
         with Program("--bare") as program, Peer(program) as peer:
