@@ -3936,8 +3936,8 @@ class Watch:
             turns.end_round()
         events = self._selector.select(0 if has_more else self._seconds_to_sweep())
         turns.is_leader_busy = True
-        if len(events) > LOOKS_AT_ONCE:     # the others are seen again; so many that hang up at once keep nobody waiting
-            events = events[:LOOKS_AT_ONCE // 2] + events[-LOOKS_AT_ONCE // 2:]     # who waits longest, and who comes now
+        if len(events) > LOOKS_AT_ONCE:     # the rest is seen in the next round
+            events = events[:LOOKS_AT_ONCE // 2] + events[-LOOKS_AT_ONCE // 2:]     # the oldest, and the newest
         for key, ready in events:
             if key.data is not None:
                 self._attend(key.data, self._look_at_socket, ready)
@@ -5078,7 +5078,7 @@ class HttpTransport:
         if self.is_stopping:
             self._require_service(messages)
         connection.exchange = exchange = HttpExchange(self, connection, request, callback)
-        request.body, texts = b"", ()               # what they said takes memory enough
+        request.body, texts = b"", ()               # the decoded messages take enough memory
         if self.core.may_take_its_time(messages):
             self._hand_over(connection, request, partial(self._receive_unless_gone, messages, exchange), messages)
         else:
@@ -5738,7 +5738,7 @@ class Options:
     max_batch: int = option(1000, whole(1), "messages of one request or WebSocket frame")
     max_sessions_per_connection: int = option(100, whole(1), "sessions that connect over one WebSocket")
     max_memory: int = option(512 * 1024 * 1024, whole(1024 * 1024), "bytes that may wait in all, events and requests; "
-                             "beyond, whoever keeps most goes first")
+                             "beyond, the sessions and connections that keep most are ended")
     max_frame_events: int = option(
         100, whole(1), "events that leave together in one WebSocket frame, or one server-sent event")
     max_message_size: int = option(64 * 1024, whole(1), "bytes of one message")
