@@ -23,9 +23,9 @@ The way of one event, from the publisher's request to the subscriber's held one:
         | POST [{"channel": "/chat/demo", "data": ...}]                     |
         v                                                                   |
     connection --> leader ------------> core --> session's queue            |
-    (§10)          (§10), reads HTTP    (§6)     (§5)   |                   |
-                   (§11)                                v                   v
-                                        delivery (§8) --> the held /meta/connect (§10, §11),
+    (§11)          (§11), reads HTTP    (§7)     (§6)   |                   |
+                   (§12)                                v                   v
+                                        delivery (§9) --> the held /meta/connect (§11, §12),
                                                           or its WebSocket or event stream
 
 One thread, the leader, does all of this.  What may take its time (the application's code, files, long
@@ -37,15 +37,17 @@ Contents.  A section uses only what stands above it.
     §2  Channels              the grammar of names and patterns, the registry
     §3  Budgets and turns     how much may wait, how long anything may take; limits by address
     §4  Messages              errors, JSON in and out, events
-    §5  Sessions              a remote client as the server sees it; its queue, its held connect
-    §6  The protocol          handshake, connect, subscribe, publish, services, extensions
-    §7  Local clients         publishing and subscribing inside this process
-    §8  The long-poll wait    the way out for events; one thread on one Condition
-    §9  WebSocket frames      the codec of RFC 6455
-    §10 Connections           the leader and the handler threads; sockets parked without a thread
-    §11 HTTP transport        requests, long-polling, callback-polling, WebSocket, event streams, files
-    §12 The server            options, BayeuxServer
-    §13 Command line          arguments, logging, signals; what the demo page talks to
+    §5  Options               everything that can be set, and what its values may be
+    §6  Sessions              a remote client as the server sees it; its queue, its held connect
+    §7  The protocol          handshake, connect, subscribe, publish, services, extensions
+    §8  Local clients         publishing and subscribing inside this process
+    §9  The long-poll wait    the way out for events; one thread on one Condition
+    §10 WebSocket frames      the codec of RFC 6455
+    §11 Connections           the leader and the handler threads; sockets parked without a thread
+    §12 HTTP transport        requests, long-polling, callback-polling, WebSocket, event streams
+    §13 Files                 which files of a folder may be read, and as what they are sent
+    §14 The server            BayeuxServer: the parts put together, the log, starting and stopping
+    §15 Command line          arguments, logging, signals; what the demo page talks to
 
 What it does not do: keep messages (an event goes to who is subscribed now), run on several
 machines, speak HTTP/2, compress, or authenticate for you (see ``message_acl`` for where that goes).
@@ -282,12 +284,12 @@ class ChannelRegistry:
 #             not fetched, the input and output of a connection, the mailboxes of the application's
 #             callbacks.  Each has its budget, each address has one, and all together have
 #             max_memory.  A budget is a share of max_memory, so one option sets them all.
-#   turns     One thread, the leader, reads and answers everything that is short (§10).  A request
+#   turns     One thread, the leader, reads and answers everything that is short (§11).  A request
 #             that may be long goes to a handler thread.  There one thread computes at a time,
 #             for TURN seconds; then it lets the leader go round before it goes on.
 #   addresses An address has its share of connections, sessions and handler threads.  Many people may
 #             have one address, so no limit by address refuses what a living session sends: over the
-#             limit a client is slowed down (§6).  A trusted proxy speaks for many, and has no limit.
+#             limit a client is slowed down (§7).  A trusted proxy speaks for many, and has no limit.
 #
 # An event counts once, however many sessions wait for it, and as long as one of them does.
 # ======================================================================================
@@ -906,7 +908,283 @@ def count_for_answer(events: Sequence[Event], limit: float) -> int:
 
 
 # ======================================================================================
-# §5  Sessions
+# §5  Options
+#
+# All that can be set about a server, in one table.  A row gives an option's name, its default, the kind of
+# its value and its line of --help; the command line is made from the same rows.  A mistake is refused
+# when the server is made, with the name of the option, its value and what is allowed.
+# ======================================================================================
+
+# -- Hosts and origins -----------------------------------------------------------------------
+
+#   RFC 3986, "Host": a name, an IPv4 address, or an IPv6 address in brackets; then perhaps a port
+AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::([0-9]{0,5}))?")
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+class Authority(NamedTuple):
+    """Where a request goes, or a page came from: a name in lower case, and a port if one is given."""
+
+    host: str
+    port: int | None
+
+
+def read_authority(text: str) -> Authority | None:
+    """The value of Host, or what stands behind the :// of an origin; None if that is neither name nor address."""
+    return read_kept_authority(text) if len(text) <= MAX_HOST else None
+
+
+@lru_cache(maxsize=HOSTS_KEPT)
+def read_kept_authority(text: str) -> Authority | None:
+    match = AUTHORITY.fullmatch(text)
+    host = match[1].lower().removesuffix(".") if match else ""
+    if host == "" or (host.startswith("[") and not is_address(host)):
+        return None
+    return Authority(host, int(match[2]) if match[2] else None)
+
+
+class Origin(NamedTuple):
+    """Where a page came from.  (RFC 6454)"""
+
+    scheme: str
+    host: str
+    port: int
+
+
+def read_origin(text: str) -> Origin | None:
+    """None for an origin that is not of http or https: null, that of an extension, nonsense."""
+    scheme, _, rest = text.partition("://")
+    scheme = scheme.lower()
+    authority = read_authority(rest) if scheme in DEFAULT_PORTS else None
+    if authority is None:
+        return None
+    return Origin(scheme, authority.host, DEFAULT_PORTS[scheme] if authority.port is None else authority.port)
+
+
+def is_address(host: str) -> bool:
+    """Whether a name of an Authority is an IP address."""
+    try:
+        return bool(ipaddress.IPv6Address(host[1:-1]) if host.startswith("[") else ipaddress.IPv4Address(host))
+    except ValueError:
+        return False
+
+
+# -- The table -------------------------------------------------------------------------------
+
+class OptionError(ValueError):
+    """An option of the server has a value it may not have.  The text names option, value and what is allowed."""
+
+
+class Kind(NamedTuple):
+    """What values an option takes: in words, as a test, and as read from a command line."""
+
+    allowed: str
+    accepts: Callable[[Any], bool]
+    read: Callable[[str], Any] | None = None
+    many: bool = False
+    shown: str = "TEXT"                 # in --help
+
+
+def whole(low: int, high: float = math.inf) -> Kind:
+    words = f"a whole number from {low} to {high}" if high < math.inf else f"a whole number, {low} or more"
+    return Kind(words, lambda value: is_number(value) and isinstance(value, int) and low <= value <= high,
+                int, shown="NUMBER")
+
+
+def seconds(low: float = 0.0) -> Kind:
+    words = "a number of seconds, %s" % (f"{low:g} or more" if low else "0 or more")
+    return Kind(words, lambda value: is_number(value) and value >= low, float, shown="SECONDS")
+
+
+def names(words: str, accepts: Callable[[str], bool] = bool) -> Kind:
+    """Several texts.  A lone text is refused: its characters would be taken for the members."""
+    return Kind("a list of " + words, lambda value: isinstance(value, (list, tuple, set, frozenset)) and all(
+        isinstance(each, str) and accepts(each) for each in value), str, True)
+
+
+def table(words: str, accepts: Callable[[Any, Any], bool], read: Callable[[str], Any] | None = None) -> Kind:
+    return Kind(words, lambda value: isinstance(value, Mapping) and all(
+        accepts(key, entry) for key, entry in value.items()), read, read is not None)
+
+
+def is_network(value: str) -> bool:
+    try:
+        return bool(ipaddress.ip_network(value, strict=False))
+    except ValueError:
+        return False
+
+
+def is_origin(value: str) -> bool:
+    return value == "*" or (read_origin(value) is not None and "*" not in value)
+
+
+def is_host(value: str) -> bool:
+    """A name or address without a port, or *."""
+    authority = read_authority(value)
+    return value == "*" or (authority is not None and authority.port is None and value[-1:] not in ("", ":")
+                            and "*" not in value)
+
+
+def read_type_expires(text: str) -> tuple[str, int]:
+    mime_type, _, lifetime = text.partition("=")
+    return mime_type.strip(), int(lifetime)
+
+
+SWITCH = Kind("True or False", lambda value: isinstance(value, bool))
+TEXT = Kind("a text that is not empty", lambda value: isinstance(value, str) and value != "", str)
+PATH = Kind("a file's path, or None", lambda value: value is None or isinstance(value, (str, os.PathLike)), str,
+            shown="FILE")
+FOLDER = Kind("a folder that exists, or None",
+              lambda value: value is None or (isinstance(value, (str, os.PathLike)) and os.path.isdir(value)), str,
+              shown="FOLDER")
+FILE_NAMES = names("file names", lambda name: name != "" and "/" not in name)
+ORIGINS = names("origins such as https://example.org, or *", is_origin)
+HOSTS = names("host names such as example.org, or *", is_host)
+NETWORKS = names("IP addresses or networks", is_network)
+PATTERNS = names("channels or patterns such as /chat/*", is_channel_pattern)
+FUNCTION = Kind("a function, or None", lambda value: value is None or callable(value))
+FUNCTIONS = table("a mapping of names to functions",
+                  lambda name, function: isinstance(name, str) and callable(function))
+URL_PATH = Kind("an absolute path such as /cometd", lambda value: isinstance(value, str)
+                and re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", value) is not None, str)
+TYPE_EXPIRES = table("MIME types with whole seconds, image/png=3600", lambda mime_type, lifetime: (
+    isinstance(mime_type, str) and "/" in mime_type and is_number(lifetime) and lifetime >= 0), read_type_expires)
+EXTENSIONS = Kind("a list of objects with incoming(session, message) or outgoing(session, message)",
+                  lambda value: isinstance(value, (list, tuple)) and all(
+                      hasattr(each, "incoming") or hasattr(each, "outgoing") for each in value))
+TLS_CONTEXT = Kind("an ssl.SSLContext, or None", lambda value: value is None or isinstance(value, ssl.SSLContext))
+
+
+# ruff: noqa: RUF009 (what option() returns is a dataclasses.field, and a default of nobody's)
+def option(default: Any, kind: Kind, help_text: str, flag: str | None = None) -> Any:
+    """A row of Options; it is on the command line when its kind can be read there."""
+    metadata = {"kind": kind, "help": help_text, "flag": flag}
+    if default == {}:                   # a new one for each server
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Everything that can be set, the keywords of BayeuxServer; most are flags too (--help).
+
+    Raises:
+        OptionError: a value is not of its kind, or two options contradict each other.
+    """
+
+    # Where it listens, and what it serves
+    host: str = option("127.0.0.1", TEXT, "address to listen on; 0.0.0.0 is every one of this machine")
+    port: int = option(8080, whole(0, 65535), "TCP port; 0 takes any free one")
+    path: str = option("/cometd", URL_PATH, "where Bayeux is spoken, with every path below it")
+    alias: str = option("bayeux", TEXT, "name by which LocalClient finds the server in this process")
+    docroot: str | None = option(None, FOLDER, "folder of static files (on the command line: .)")
+    directory_index: Iterable[str] = option(
+        ("index.html",), FILE_NAMES, "file shown for a folder, in order of preference", "--directory-index")
+    type_expires: Mapping[str, int] = option({}, TYPE_EXPIRES, "how long browsers may keep a type of files, in s")
+    tls_cert: str | None = option(None, PATH, "certificate chain (PEM): serve HTTPS; needs --tls-key")
+    tls_key: str | None = option(None, PATH, "private key (PEM) of --tls-cert")
+    tls_context: ssl.SSLContext | None = option(None, TLS_CONTEXT, "TLS as you set it up yourself")
+
+    # Who may do what
+    anon_publish: bool = option(False, SWITCH, "let remote clients publish without a handshake")
+    allowed_origins: Iterable[str] = option(
+        (), ORIGINS, "other site whose pages may use this server; * is any, but browsers then refuse clients that send "
+        "credentials, as CometD's and dojo's do over long-polling", "--allowed-origin")
+    allowed_hosts: Iterable[str] = option(
+        (), HOSTS, "name by which clients may ask for this server, beside addresses, localhost and --host; * is any",
+        "--allowed-host")
+    trusted_proxies: Iterable[str] = option((), NETWORKS, "proxy whose X-Forwarded-For and -Proto are believed",
+                                            "--trusted-proxy")
+    bind_sessions: bool = option(False, SWITCH, "a session works only with the cookie of its handshake")
+
+    # Times of the protocol
+    timeout: float = option(30.0, seconds(), "how long a /meta/connect is held")
+    interval: float = option(0.0, seconds(), "how long clients pause between two connects")
+    connect_timeout: float = option(120.0, seconds(0.001), "how long a session lives without an open /meta/connect")
+    request_timeout: float = option(
+        30.0, seconds(0.001), "how long a client may take to send a request, or to take in an answer")
+    ping_interval: float = option(
+        30.0, seconds(), "how long a WebSocket may be silent before it is pinged, and then closed; 0: for ever")
+    max_inactivity: float = option(
+        0.0, seconds(), "how long a session may send nothing but /meta/connect before it is ended; 0: for ever")
+    max_lazy: float = option(5.0, seconds(), "how long an event on a lazy channel may wait")
+    grace: float = option(5.0, seconds(), "how long stopping may take")
+
+    # Limits
+    client_max_connections: int = option(
+        10, whole(0), "connections that one address keeps open: held connects, WebSockets, event streams; further "
+        "clients of it are told to poll; 0: this, and no other limit by address either")
+    max_sessions: int = option(20_000, whole(1), "sessions at once")
+    max_sessions_per_browser: int = option(
+        4, whole(0), "held connects of one browser, by its cookie; further sessions are told to poll; 0: no limit")
+    max_subscriptions: int = option(1000, whole(1), "subscriptions of one session")
+    max_queue: int = option(10_000, whole(1), "events that may wait for one session; one more ends it")
+    max_rate: int = option(
+        0, whole(0), "messages a second of one session, five times as many at once; connects are free; 0: no limit")
+    max_batch: int = option(1000, whole(1), "messages of one request or WebSocket frame")
+    max_sessions_per_connection: int = option(100, whole(1), "sessions that connect over one WebSocket")
+    max_memory: int = option(512 * 1024 * 1024, whole(1024 * 1024), "bytes that may wait in all, events and requests; "
+                             "beyond, the sessions and connections that keep most are ended")
+    max_frame_events: int = option(
+        100, whole(1), "events that leave together in one WebSocket frame, or one server-sent event")
+    max_message_size: int = option(64 * 1024, whole(1), "bytes of one message")
+    max_request_size: int = option(1024 * 1024, whole(1), "bytes of one request's body")
+    max_threads: int = option(64, whole(2), "handler threads at most")
+
+    # Extensions of the protocol
+    ack: bool = option(True, SWITCH, "acknowledged delivery for clients that ask for it")
+    lazy_channels: Iterable[str] = option(
+        (), PATTERNS, "channel or pattern whose events wait for the next delivery", "--lazy-channel")
+    json_comment_filtered: bool = option(True, SWITCH, "replies as /*[...]*/ for old clients that ask for it")
+    timesync: bool = option(True, SWITCH, "answer ext.timesync, by which a client learns our clock")
+    timestamp: bool = option(False, SWITCH, "put our time into replies and events")
+    forward_id: bool = option(False, SWITCH, "send events with their publisher's id (some clients then lose them)")
+    extensions: Iterable[Any] = option((), EXTENSIONS, "your own: incoming and outgoing methods")
+
+    # The application's code
+    services: Mapping[str, Callable] = option({}, FUNCTIONS, "name of /service/<name>, and what answers it")
+    message_acl: Callable | None = option(None, FUNCTION, "called with session and message: text refuses")
+    callback: Callable | None = option(None, FUNCTION, "told of subscribe, publish, client_connect, ...")
+    content_handlers: Mapping[str, Callable] = option({}, FUNCTIONS, "URL path prefix, and what answers it")
+    post_handle: Callable | None = option(None, FUNCTION, "called with request and response of plain HTTP")
+
+    # Logging
+    debug: bool = option(False, SWITCH, "log every message")
+    log_file: str | None = option(None, PATH, "log into this file")
+
+    def __post_init__(self) -> None:
+        for row in dataclasses.fields(self):
+            value, kind = getattr(self, row.name), row.metadata["kind"]
+            if not kind.accepts(value):
+                raise OptionError(f"{row.name} is {value!r}: it must be {kind.allowed}")
+        if self.interval >= self.connect_timeout:
+            raise OptionError(f"interval is {self.interval!r}: it must be less than connect_timeout, "
+                              f"{self.connect_timeout!r}, or every session would end between two connects")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise OptionError(f"tls_cert is {self.tls_cert!r} and tls_key is {self.tls_key!r}: give both, or none")
+        if self.tls_cert is not None and self.tls_context is not None:
+            raise OptionError(f"tls_cert is {self.tls_cert!r}: with tls_context it must be None")
+        largest = self.max_memory // ADDRESS_SHARE // HANDLED_FACTOR
+        if self.max_request_size > max(largest, Options.max_request_size):
+            raise OptionError(f"max_request_size is {self.max_request_size!r}: it must be at most a 64th of max_memory, "
+                              f"{largest}, or an address would have no room for such a request")
+        for prefix in self.content_handlers:
+            if not prefix.startswith("/") or prefix == self.path:
+                raise OptionError(f"content_handlers has {prefix!r}: it must be a path that begins with / and "
+                                  f"is not {self.path}")
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> Options:
+        known = [row.name for row in dataclasses.fields(cls)]
+        for name in keywords:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                raise OptionError("{} is no option{}".format(name, f"; did you mean {near[0]}?" if near else ""))
+        return cls(**keywords)
+
+
+# ======================================================================================
+# §6  Sessions
 #
 # A session begins with a handshake and ends when its client disconnects, is not heard of for
 # connect_timeout, lets more than max_queue events pile up, or the server stops; a held connect
@@ -918,7 +1196,7 @@ def count_for_answer(events: Sequence[Event], limit: float) -> int:
 #                  |   -> connected     |                    |                       |
 #   connected      | hold it -> held    | queue it           | lease: ended          | -
 #                  |  (or answer it, see|                    |                       |
-#                  |   _connect in §6)  |                    |                       |
+#                  |   _connect in §7)  |                    |                       |
 #   held           | answer the older,  | queue it, answer   | timeout: answer       | -> connected,
 #                  |   hold the newer   |   with the queue   |   without events      |   queue kept
 #                  |                    |   -> connected     |   -> connected        |
@@ -935,7 +1213,7 @@ def count_for_answer(events: Sequence[Event], limit: float) -> int:
 #   lazy            Events on lazy_channels do not set a delivery going.  They leave with the next
 #                   one, or when max_lazy is over; until then the queue is not *urgent*.
 #
-# Methods that take the core are called by it, under its lock (§6).  At the end of the section
+# Methods that take the core are called by it, under its lock (§7).  At the end of the section
 # stands Mailbox, by which the application's own callbacks are called.
 # ======================================================================================
 
@@ -1394,7 +1672,7 @@ class Mailbox:
 
 
 # ======================================================================================
-# §6  The protocol
+# §7  The protocol
 #
 # The core.  It takes batches of messages and answers them through their exchange; it does no
 # input or output itself and knows nothing of HTTP, so that a test drives it with plain dicts.
@@ -1403,7 +1681,7 @@ class Mailbox:
 #                 connect     the client asks for events; the first is answered at once, later
 #                             ones are held until there are some, or `timeout` is over
 #                 subscribe   the session joins the subscribers of a pattern; unsubscribe undoes it
-#                 publish     an event is made, and queued for all subscribers (§5: how it leaves)
+#                 publish     an event is made, and queued for all subscribers (§6: how it leaves)
 #                 service     a function of the application answers, and only the sender hears it
 #                 disconnect  the session ends; its clientId is worth nothing from then on
 #
@@ -1414,7 +1692,7 @@ class Mailbox:
 # The lock.  One threading.Condition guards sessions, registry, queues and mailboxes.  Under it
 # no input or output, no code of the application and no JSON of unbounded size: decide under
 # the lock, act outside it.  Methods that need it held say so and assert it.  What they have put in
-# line is sent by the thread that leads (§10), or by the long-poll wait (§8), which waits on the
+# line is sent by the thread that leads (§11), or by the long-poll wait (§9), which waits on the
 # Condition.
 # ======================================================================================
 
@@ -1466,7 +1744,7 @@ class Bayeux:
     """The protocol over sessions, channels and queues.
 
     Arguments:
-        options: limits, times, and the application's code (§12 has the table of them).
+        options: limits, times, and the application's code (§5).
         logger: one line for each refusal goes here.
         run_later: runs a function on another thread, soon; here, if there are no threads (tests).
         deliver_here: has this thread send what is in line, now or before it sleeps; False: the wait is to do it.
@@ -2809,7 +3087,7 @@ class Bayeux:
 
 
 # ======================================================================================
-# §7  Local clients
+# §8  Local clients
 #
 # A subscriber inside this process.  It needs no handshake and no network; its callbacks run
 # on a handler thread, one after another, in the order of publishing, without the lock.
@@ -2968,7 +3246,7 @@ class LocalClient:
 
 
 # ======================================================================================
-# §8  The long-poll wait
+# §9  The long-poll wait
 #
 # One thread waits, on one Condition, for all sessions together: for those that have something to
 # say and what can carry it, and for the nearest deadline.  (A thread for each held connect costs three
@@ -2977,7 +3255,7 @@ class LocalClient:
 #
 # Delivering is the same whoever does it: take a few answers under the lock, send them without
 # it, settle them while taking the next.  What piled up meanwhile leaves together.  The thread that
-# has just read a publish (the leader, §10) delivers itself before it sleeps, which spares two
+# has just read a publish (the leader, §11) delivers itself before it sleeps, which spares two
 # hand-overs of the interpreter's lock a delivery; the wait delivers what comes from other
 # threads, or with time.
 # ======================================================================================
@@ -3059,7 +3337,7 @@ class LongPollWait(threading.Thread):
 
 
 # ======================================================================================
-# §9  WebSocket frames
+# §10  WebSocket frames
 #
 # After an upgrade from HTTP both sides send frames whenever they like.  This is the codec: bytes
 # in, messages out, and back; it does no input or output.  (RFC 6455, "Data Framing")
@@ -3249,11 +3527,11 @@ class FrameReader:
 
 
 # ======================================================================================
-# §10  Connections
+# §11  Connections
 #
 # A connection costs no thread while nothing happens on it: it is *parked* in a selector.
 # One thread, the leader, watches the selector.  It reads what came, handles it and answers,
-# delivers what was published (§8), and goes on watching: no hand-over, no system call but the
+# delivers what was published (§9), and goes on watching: no hand-over, no system call but the
 # reading and the writing.  What may take its time it hands over to a handler thread: a long
 # request, everything that the application's code has a part in, the reading of files.  So
 # nothing but the number of short requests keeps the leader from going round.
@@ -4109,7 +4387,7 @@ class Watch:
 
 
 # ======================================================================================
-# §11  HTTP transport
+# §12  HTTP transport
 #
 # A request's head is read by a small function of ours, which is strict and quick (the one of
 # http.server goes through the e-mail parser, and costs more than all the rest).
@@ -4126,8 +4404,6 @@ class Watch:
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20#\x7f-\xff]+) HTTP/(\d)\.(\d)")
-#   RFC 3986, "Host": a name, an IPv4 address, or an IPv6 address in brackets; then perhaps a port
-AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::([0-9]{0,5}))?")
 ABSOLUTE_TARGET = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
 FIELD_NAME = re.compile(TOKEN)
 FIELD_NAMES = re.compile(rf"{TOKEN}(?:[ \t]*,[ \t]*{TOKEN})*")
@@ -4145,7 +4421,6 @@ BROWSER_COOKIE = re.compile(r"(?:^|;)[ \t]*BAYEUX_BROWSER=\"?([A-Za-z0-9]{1,64})
 CHARSET = re.compile(r"charset=\"?([^\s;\"]*)", re.IGNORECASE)
 UNKNOWN_ORIGIN = "unknown"
 REFERER_ORIGIN = re.compile(r"https?://[^/?#]+", re.IGNORECASE)
-DEFAULT_PORTS = {"http": 80, "https": 443}
 FORWARDED_SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}    # some proxies say wss
 UTF8_NAMES = ("", "utf-8", "utf8", "us-ascii")
 JSON_TYPES = ("application/json", "text/json")
@@ -4176,53 +4451,6 @@ class HTTPFault(Exception):
         code = self.status if self.status in ERROR_MEANINGS else 400
         error = self.error or BayeuxError(code, "", self.text, **advice)
         return encode_json([refusal(message, error) for message in self.messages])
-
-
-class Authority(NamedTuple):
-    """Where a request goes, or a page came from: a name in lower case, and a port if one is given."""
-
-    host: str
-    port: int | None
-
-
-def read_authority(text: str) -> Authority | None:
-    """The value of Host, or what stands behind the :// of an origin; None if that is neither name nor address."""
-    return read_kept_authority(text) if len(text) <= MAX_HOST else None
-
-
-@lru_cache(maxsize=HOSTS_KEPT)
-def read_kept_authority(text: str) -> Authority | None:
-    match = AUTHORITY.fullmatch(text)
-    host = match[1].lower().removesuffix(".") if match else ""
-    if host == "" or (host.startswith("[") and not is_address(host)):
-        return None
-    return Authority(host, int(match[2]) if match[2] else None)
-
-
-class Origin(NamedTuple):
-    """Where a page came from.  (RFC 6454)"""
-
-    scheme: str
-    host: str
-    port: int
-
-
-def read_origin(text: str) -> Origin | None:
-    """None for an origin that is not of http or https: null, that of an extension, nonsense."""
-    scheme, _, rest = text.partition("://")
-    scheme = scheme.lower()
-    authority = read_authority(rest) if scheme in DEFAULT_PORTS else None
-    if authority is None:
-        return None
-    return Origin(scheme, authority.host, DEFAULT_PORTS[scheme] if authority.port is None else authority.port)
-
-
-def is_address(host: str) -> bool:
-    """Whether a name of an Authority is an IP address."""
-    try:
-        return bool(ipaddress.IPv6Address(host[1:-1]) if host.startswith("[") else ipaddress.IPv4Address(host))
-    except ValueError:
-        return False
 
 
 def is_loopback(address: str) -> bool:
@@ -4815,11 +5043,20 @@ def is_admitted(hosts: frozenset[str], host: str) -> bool:
 class HttpTransport:
     """Takes requests from connections, and brings each to the core, a content handler or a file."""
 
-    def __init__(self, options: Options, core: Bayeux, watch: Watch, logger: logging.Logger,
-                 is_local: bool) -> None:
-        """is_local: whether the server listens on a loopback address."""
+    def __init__(self, options: Options, core: Bayeux, watch: Watch, logger: logging.Logger, is_local: bool,
+                 find_file: Callable[[Request], Response]) -> None:
+        """
+        Args:
+            options: limits, origins, hosts, and the application's content handlers (§5).
+            core: answers the messages (§7).
+            watch: has the connections (§11).
+            logger: gets a line for each refusal.
+            is_local: whether the server listens on a loopback address.
+            find_file: answers a request for a file of docroot, or raises HTTPFault (§13).
+        """
         self.options = options
         self.core = core
+        self._find_file = find_file
         self._hosts = admitted_hosts(options, is_local)
         self._allowed_origins = {read_origin(each) for each in options.allowed_origins}
         self._admitted_hosts: set[str] = set()          # of those that have been asked for
@@ -5247,7 +5484,7 @@ class HttpTransport:
         if request.method not in ("GET", "HEAD"):
             raise HTTPFault(405, "Files are read by GET or HEAD", Allow="GET, HEAD, OPTIONS")
         with self.core.turns.interrupted():     # a file system may be slow, too
-            return Files(self.options).respond(request)
+            return self._find_file(request)
 
     def _handler_response(self, request: Request, prefix: str, handler: Callable) -> Response:
         name = f"the content handler of {prefix}"
@@ -5388,7 +5625,8 @@ class BodySource:
                 self._lock.release()
 
 
-# -- Files -----------------------------------------------------------------------------------
+# ======================================================================================
+# §13  Files
 #
 # A target such as /folder/page.html names a file of `docroot`.  Whether it may be read is decided by
 # its real path, the one without links: this lies below the root, and none of its names begins with a
@@ -5398,6 +5636,7 @@ class BodySource:
 #
 # Windows and macOS find a file by other names too: in other case, as PROGRA~1, with a stream or a dot
 # behind it.  There a name must be spelled as its folder lists it.
+# ======================================================================================
 
 FILE_TYPES = {                                      # the same everywhere, whatever the system's own table says
     ".bz2": "application/x-bzip2", ".css": "text/css", ".gz": "application/gzip", ".html": "text/html",
@@ -5573,10 +5812,10 @@ class Files:
 
 
 # ======================================================================================
-# §12  The server
+# §14  The server
 #
-# Puts the parts together: options, handler threads and watch (§10), core (§6), HTTP (§11) and
-# the long-poll wait (§8).  Of socketserver it uses the making of the listening socket and the
+# Puts the parts together: options, handler threads and watch (§11), core (§7), HTTP (§12) and
+# the long-poll wait (§9).  Of socketserver it uses the making of the listening socket and the
 # accepting; a connection is then parked, not given a thread.
 #
 # Stopping, within `grace` seconds, on a thread of its own: free the port, and refuse new requests; end
@@ -5584,218 +5823,6 @@ class Files:
 # wait send all that is in line, and end; wait until the application's code is done and all output has
 # left; close the streams, with a word of why where they have one; hang up.
 # ======================================================================================
-
-class OptionError(ValueError):
-    """An option of the server has a value it may not have.  The text names option, value and what is allowed."""
-
-
-class Kind(NamedTuple):
-    """What values an option takes: in words, as a test, and as read from a command line."""
-
-    allowed: str
-    accepts: Callable[[Any], bool]
-    read: Callable[[str], Any] | None = None
-    many: bool = False
-    shown: str = "TEXT"                 # in --help
-
-
-def whole(low: int, high: float = math.inf) -> Kind:
-    words = f"a whole number from {low} to {high}" if high < math.inf else f"a whole number, {low} or more"
-    return Kind(words, lambda value: is_number(value) and isinstance(value, int) and low <= value <= high,
-                int, shown="NUMBER")
-
-
-def seconds(low: float = 0.0) -> Kind:
-    words = "a number of seconds, %s" % (f"{low:g} or more" if low else "0 or more")
-    return Kind(words, lambda value: is_number(value) and value >= low, float, shown="SECONDS")
-
-
-def names(words: str, accepts: Callable[[str], bool] = bool) -> Kind:
-    """Several texts.  A lone text is refused: its characters would be taken for the members."""
-    return Kind("a list of " + words, lambda value: isinstance(value, (list, tuple, set, frozenset)) and all(
-        isinstance(each, str) and accepts(each) for each in value), str, True)
-
-
-def table(words: str, accepts: Callable[[Any, Any], bool], read: Callable[[str], Any] | None = None) -> Kind:
-    return Kind(words, lambda value: isinstance(value, Mapping) and all(
-        accepts(key, entry) for key, entry in value.items()), read, read is not None)
-
-
-def is_network(value: str) -> bool:
-    try:
-        return bool(ipaddress.ip_network(value, strict=False))
-    except ValueError:
-        return False
-
-
-def is_origin(value: str) -> bool:
-    return value == "*" or (read_origin(value) is not None and "*" not in value)
-
-
-def is_host(value: str) -> bool:
-    """A name or address without a port, or *."""
-    authority = read_authority(value)
-    return value == "*" or (authority is not None and authority.port is None and value[-1:] not in ("", ":")
-                            and "*" not in value)
-
-
-def read_type_expires(text: str) -> tuple[str, int]:
-    mime_type, _, lifetime = text.partition("=")
-    return mime_type.strip(), int(lifetime)
-
-
-SWITCH = Kind("True or False", lambda value: isinstance(value, bool))
-TEXT = Kind("a text that is not empty", lambda value: isinstance(value, str) and value != "", str)
-PATH = Kind("a file's path, or None", lambda value: value is None or isinstance(value, (str, os.PathLike)), str,
-            shown="FILE")
-FOLDER = Kind("a folder that exists, or None",
-              lambda value: value is None or (isinstance(value, (str, os.PathLike)) and os.path.isdir(value)), str,
-              shown="FOLDER")
-FILE_NAMES = names("file names", lambda name: name != "" and "/" not in name)
-ORIGINS = names("origins such as https://example.org, or *", is_origin)
-HOSTS = names("host names such as example.org, or *", is_host)
-NETWORKS = names("IP addresses or networks", is_network)
-PATTERNS = names("channels or patterns such as /chat/*", is_channel_pattern)
-FUNCTION = Kind("a function, or None", lambda value: value is None or callable(value))
-FUNCTIONS = table("a mapping of names to functions",
-                  lambda name, function: isinstance(name, str) and callable(function))
-URL_PATH = Kind("an absolute path such as /cometd", lambda value: isinstance(value, str)
-                and re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", value) is not None, str)
-TYPE_EXPIRES = table("MIME types with whole seconds, image/png=3600", lambda mime_type, lifetime: (
-    isinstance(mime_type, str) and "/" in mime_type and is_number(lifetime) and lifetime >= 0), read_type_expires)
-EXTENSIONS = Kind("a list of objects with incoming(session, message) or outgoing(session, message)",
-                  lambda value: isinstance(value, (list, tuple)) and all(
-                      hasattr(each, "incoming") or hasattr(each, "outgoing") for each in value))
-TLS_CONTEXT = Kind("an ssl.SSLContext, or None", lambda value: value is None or isinstance(value, ssl.SSLContext))
-
-
-# ruff: noqa: RUF009 (what option() returns is a dataclasses.field, and a default of nobody's)
-def option(default: Any, kind: Kind, help_text: str, flag: str | None = None) -> Any:
-    """A row of Options; it is on the command line when its kind can be read there."""
-    metadata = {"kind": kind, "help": help_text, "flag": flag}
-    if default == {}:                   # a new one for each server
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Everything that can be set, the keywords of BayeuxServer; most are flags too (--help).
-
-    Raises:
-        OptionError: a value is not of its kind, or two options contradict each other.
-    """
-
-    # Where it listens, and what it serves
-    host: str = option("127.0.0.1", TEXT, "address to listen on; 0.0.0.0 is every one of this machine")
-    port: int = option(8080, whole(0, 65535), "TCP port; 0 takes any free one")
-    path: str = option("/cometd", URL_PATH, "where Bayeux is spoken, with every path below it")
-    alias: str = option("bayeux", TEXT, "name by which LocalClient finds the server in this process")
-    docroot: str | None = option(None, FOLDER, "folder of static files (on the command line: .)")
-    directory_index: Iterable[str] = option(
-        ("index.html",), FILE_NAMES, "file shown for a folder, in order of preference", "--directory-index")
-    type_expires: Mapping[str, int] = option({}, TYPE_EXPIRES, "how long browsers may keep a type of files, in s")
-    tls_cert: str | None = option(None, PATH, "certificate chain (PEM): serve HTTPS; needs --tls-key")
-    tls_key: str | None = option(None, PATH, "private key (PEM) of --tls-cert")
-    tls_context: ssl.SSLContext | None = option(None, TLS_CONTEXT, "TLS as you set it up yourself")
-
-    # Who may do what
-    anon_publish: bool = option(False, SWITCH, "let remote clients publish without a handshake")
-    allowed_origins: Iterable[str] = option(
-        (), ORIGINS, "other site whose pages may use this server; * is any, but browsers then refuse clients that send "
-        "credentials, as CometD's and dojo's do over long-polling", "--allowed-origin")
-    allowed_hosts: Iterable[str] = option(
-        (), HOSTS, "name by which clients may ask for this server, beside addresses, localhost and --host; * is any",
-        "--allowed-host")
-    trusted_proxies: Iterable[str] = option((), NETWORKS, "proxy whose X-Forwarded-For and -Proto are believed",
-                                            "--trusted-proxy")
-    bind_sessions: bool = option(False, SWITCH, "a session works only with the cookie of its handshake")
-
-    # Times of the protocol
-    timeout: float = option(30.0, seconds(), "how long a /meta/connect is held")
-    interval: float = option(0.0, seconds(), "how long clients pause between two connects")
-    connect_timeout: float = option(120.0, seconds(0.001), "how long a session lives without an open /meta/connect")
-    request_timeout: float = option(
-        30.0, seconds(0.001), "how long a client may take to send a request, or to take in an answer")
-    ping_interval: float = option(
-        30.0, seconds(), "how long a WebSocket may be silent before it is pinged, and then closed; 0: for ever")
-    max_inactivity: float = option(
-        0.0, seconds(), "how long a session may send nothing but /meta/connect before it is ended; 0: for ever")
-    max_lazy: float = option(5.0, seconds(), "how long an event on a lazy channel may wait")
-    grace: float = option(5.0, seconds(), "how long stopping may take")
-
-    # Limits
-    client_max_connections: int = option(
-        10, whole(0), "connections that one address keeps open: held connects, WebSockets, event streams; further "
-        "clients of it are told to poll; 0: this, and no other limit by address either")
-    max_sessions: int = option(20_000, whole(1), "sessions at once")
-    max_sessions_per_browser: int = option(
-        4, whole(0), "held connects of one browser, by its cookie; further sessions are told to poll; 0: no limit")
-    max_subscriptions: int = option(1000, whole(1), "subscriptions of one session")
-    max_queue: int = option(10_000, whole(1), "events that may wait for one session; one more ends it")
-    max_rate: int = option(
-        0, whole(0), "messages a second of one session, five times as many at once; connects are free; 0: no limit")
-    max_batch: int = option(1000, whole(1), "messages of one request or WebSocket frame")
-    max_sessions_per_connection: int = option(100, whole(1), "sessions that connect over one WebSocket")
-    max_memory: int = option(512 * 1024 * 1024, whole(1024 * 1024), "bytes that may wait in all, events and requests; "
-                             "beyond, the sessions and connections that keep most are ended")
-    max_frame_events: int = option(
-        100, whole(1), "events that leave together in one WebSocket frame, or one server-sent event")
-    max_message_size: int = option(64 * 1024, whole(1), "bytes of one message")
-    max_request_size: int = option(1024 * 1024, whole(1), "bytes of one request's body")
-    max_threads: int = option(64, whole(2), "handler threads at most")
-
-    # Extensions of the protocol
-    ack: bool = option(True, SWITCH, "acknowledged delivery for clients that ask for it")
-    lazy_channels: Iterable[str] = option(
-        (), PATTERNS, "channel or pattern whose events wait for the next delivery", "--lazy-channel")
-    json_comment_filtered: bool = option(True, SWITCH, "replies as /*[...]*/ for old clients that ask for it")
-    timesync: bool = option(True, SWITCH, "answer ext.timesync, by which a client learns our clock")
-    timestamp: bool = option(False, SWITCH, "put our time into replies and events")
-    forward_id: bool = option(False, SWITCH, "send events with their publisher's id (some clients then lose them)")
-    extensions: Iterable[Any] = option((), EXTENSIONS, "your own: incoming and outgoing methods")
-
-    # The application's code
-    services: Mapping[str, Callable] = option({}, FUNCTIONS, "name of /service/<name>, and what answers it")
-    message_acl: Callable | None = option(None, FUNCTION, "called with session and message: text refuses")
-    callback: Callable | None = option(None, FUNCTION, "told of subscribe, publish, client_connect, ...")
-    content_handlers: Mapping[str, Callable] = option({}, FUNCTIONS, "URL path prefix, and what answers it")
-    post_handle: Callable | None = option(None, FUNCTION, "called with request and response of plain HTTP")
-
-    # Logging
-    debug: bool = option(False, SWITCH, "log every message")
-    log_file: str | None = option(None, PATH, "log into this file")
-
-    def __post_init__(self) -> None:
-        for row in dataclasses.fields(self):
-            value, kind = getattr(self, row.name), row.metadata["kind"]
-            if not kind.accepts(value):
-                raise OptionError(f"{row.name} is {value!r}: it must be {kind.allowed}")
-        if self.interval >= self.connect_timeout:
-            raise OptionError(f"interval is {self.interval!r}: it must be less than connect_timeout, "
-                              f"{self.connect_timeout!r}, or every session would end between two connects")
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise OptionError(f"tls_cert is {self.tls_cert!r} and tls_key is {self.tls_key!r}: give both, or none")
-        if self.tls_cert is not None and self.tls_context is not None:
-            raise OptionError(f"tls_cert is {self.tls_cert!r}: with tls_context it must be None")
-        largest = self.max_memory // ADDRESS_SHARE // HANDLED_FACTOR
-        if self.max_request_size > max(largest, Options.max_request_size):
-            raise OptionError(f"max_request_size is {self.max_request_size!r}: it must be at most a 64th of max_memory, "
-                              f"{largest}, or an address would have no room for such a request")
-        for prefix in self.content_handlers:
-            if not prefix.startswith("/") or prefix == self.path:
-                raise OptionError(f"content_handlers has {prefix!r}: it must be a path that begins with / and "
-                                  f"is not {self.path}")
-
-    @classmethod
-    def from_keywords(cls, keywords: Mapping[str, Any]) -> Options:
-        known = [row.name for row in dataclasses.fields(cls)]
-        for name in keywords:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                raise OptionError("{} is no option{}".format(name, f"; did you mean {near[0]}?" if near else ""))
-        return cls(**keywords)
-
 
 # -- The log ---------------------------------------------------------------------------------
 #
@@ -5912,7 +5939,8 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
                            (lambda group: self.core.kept_open.get(group, 0)) if has_limits else None)
         self.core = Bayeux(options, log, self._handler_threads.run, self._deliver_here,
                            self.watch.after_next_look, time.monotonic, self.memory, turns)
-        self.http = HttpTransport(options, self.core, self.watch, log, is_loopback(self.server_address[0]))
+        self.http = HttpTransport(options, self.core, self.watch, log, is_loopback(self.server_address[0]),
+                                  Files(options).respond)
         self._wait = LongPollWait(self.core)
         self._state = threading.Lock()
         self._has_started = False
@@ -6198,7 +6226,7 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
 
 
 # ======================================================================================
-# §13  Command line
+# §15  Command line
 #
 # Every option that can be typed is a flag, made from its row in Options.  A signal only leaves a
 # note; the main thread reads it, and stops the server.
