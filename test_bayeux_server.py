@@ -198,10 +198,16 @@ class Wire:
     """A raw connection, which says exactly what the test wants to have said."""
 
     def __init__(self, server, tls=None):
-        self.socket = socket.create_connection(("127.0.0.1", server.port), PATIENCE)
-        if tls is not None:
-            self.socket = tls.wrap_socket(self.socket, server_hostname="localhost")
+        self.server = server
         self.path = server.options.path
+        self.tls = tls
+        self.open()
+
+    def open(self):
+        self.socket = socket.create_connection(("127.0.0.1", self.server.port), PATIENCE)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)       # each send leaves as it is
+        if self.tls is not None:
+            self.socket = self.tls.wrap_socket(self.socket, server_hostname="localhost")
         self.buffer = b""
 
     def __enter__(self):
@@ -268,41 +274,6 @@ class Wire:
 
     def is_closed_by_server(self):
         return self.read_answer() is None
-
-
-class Peer(Wire):
-    """A Bayeux client over long-polling, on one connection for its connects and one for the rest."""
-
-    def __init__(self, server, tls=None):
-        super().__init__(server, tls)
-        self.side = Wire(server, tls)
-        reply, = self.post({"channel": "/meta/handshake", "version": "1.0",
-                            "supportedConnectionTypes": ["long-polling"]})
-        assert reply["successful"], reply
-        self.id = reply["clientId"]
-        assert self.connect(timeout=0)[0]["successful"]
-
-    def close(self):
-        super().close()
-        self.side.close()
-
-    def send_connect(self, **fields):
-        self.send_post(CorePeer.connect_message(self.id, **fields))
-
-    def connect(self, timeout=None):
-        self.send_connect(**({} if timeout is None else {"advice": {"timeout": timeout}}))
-        return self.read_answer().batch
-
-    def ask(self, channel, **fields):
-        """Send one message beside the connect; its reply."""
-        reply, = self.side.post({"channel": channel, "clientId": self.id, **fields})
-        return reply
-
-    def subscribe(self, pattern):
-        assert self.ask("/meta/subscribe", subscription=pattern)["successful"]
-
-    def publish(self, channel, data):
-        assert self.ask(channel, data=data)["successful"]
 
 
 @pytest.fixture
@@ -530,8 +501,12 @@ class SocketWire(Wire):
     KEY, ACCEPT = "dGhlIHNhbXBsZSBub25jZQ==", "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="      # the example of RFC 6455
 
     def __init__(self, server, tls=None, **headers):
+        self.headers = headers
         super().__init__(server, tls)
-        answer = self.upgrade(**headers)
+
+    def open(self):
+        super().open()
+        answer = self.upgrade(**self.headers)
         assert answer.status == 101, answer.body
         assert answer.headers["sec-websocket-accept"] == self.ACCEPT
 
@@ -590,30 +565,188 @@ def upgrade_headers(**changes):
     return {name: value for name, value in headers.items() if value is not None}
 
 
-class SocketPeer(SocketWire):
-    """A Bayeux client over WebSocket.  Replies and events come mixed; each kind keeps its order."""
+class EventWire(Wire):
+    """An event stream as Faye's client opens it."""
 
-    def __init__(self, server, tls=None, client_id=None, **handshake):
+    def __init__(self, server, client_id, tls=None, **headers):
         super().__init__(server, tls)
-        self.replies, self.events = [], []
-        self.number = 0
+        self.answer = self.request("GET", f"/cometd/{client_id}", Accept="text/event-stream",
+                                   **{"Cache_Control": "no-cache", **headers})
+
+    def read_part(self):
+        """The next event's lines, or None at the end."""
+        if not self._read_until(lambda: b"\r\n\r\n" in self.buffer):
+            assert self.buffer == b""
+            return None
+        part, self.buffer = self.buffer.split(b"\r\n\r\n", 1)
+        return part.decode("utf-8")
+
+    def read_batch(self):
+        part = self.read_part()
+        while part is not None and part.startswith(":"):
+            part = self.read_part()
+        if part is None:
+            return None
+        assert part.startswith("data: ") and "\n" not in part, part
+        return json.loads(part[len("data: "):])
+
+    def receive(self, count):
+        taken = []
+        while len(taken) < count:
+            taken += [event["data"] for event in self.read_batch()]
+        return taken
+
+
+class Batch(list):
+    """The reply to a connect, and the events that came with it."""
+
+    @property
+    def reply(self):
+        return self[0]
+
+    @property
+    def ack(self):
+        return self[0]["ext"]["ack"]
+
+    @property
+    def data(self):
+        """That of the events behind a connect's reply, which is a good one."""
+        assert self[0]["channel"] == "/meta/connect" and self[0]["successful"], self
+        return [event["data"] for event in self[1:]]
+
+
+class Client:
+    """A Bayeux client, with the same methods over every transport.  Its subclasses carry its messages."""
+
+    connection_type = "long-polling"
+
+    def begin(self, client_id=None, connect=True, **handshake):
+        """Take over a session, or begin one, past its first connect unless told otherwise."""
         self.id = client_id
         if client_id is None:
-            self.handshake = self.ask("/meta/handshake", version="1.0", supportedConnectionTypes=["websocket"],
-                                      **handshake)
+            self.handshake = self.ask("/meta/handshake", version="1.0",
+                                      supportedConnectionTypes=[self.connection_type], **handshake)
             assert self.handshake["successful"], self.handshake
             self.id = self.handshake["clientId"]
-        assert self.connect(timeout=0)["successful"]
+        if connect:
+            assert self.poll().reply["successful"]
 
-    def begin(self, channel, **fields):
-        """Send one message; the id by which its reply can be told."""
+    def message(self, channel, **fields):
+        return {"channel": channel, **({"clientId": self.id} if self.id else {}), **fields}
+
+    def connect_message(self, timeout=None, ack="", **fields):
+        return self.message("/meta/connect", connectionType=self.connection_type,
+                            **({} if timeout is None else {"advice": {"timeout": timeout}}),
+                            **({} if ack == "" else {"ext": {"ack": ack}}), **fields)
+
+    def poll(self, ack="", **fields):
+        """A connect that does not wait: a Batch."""
+        return self.connect(timeout=0, ack=ack, **fields)
+
+    def subscribe(self, pattern):
+        assert self.ask("/meta/subscribe", subscription=pattern)["successful"]
+
+    def publish(self, channel, data):
+        assert self.ask(channel, data=data)["successful"]
+
+    def receive(self, count):
+        """The data of the next events, however many connects they take."""
+        taken = []
+        while len(taken) < count:
+            taken += self.connect().data
+        assert len(taken) == count, taken
+        return taken
+
+    def hold(self, **fields):
+        """Send a connect, and wait until the server holds it."""
+        sent = self.send_connect(**fields)
+        until_held(self.server, self.id)
+        return sent
+
+    def close(self):
+        pass
+
+    def open(self):
+        pass
+
+    def lose_connection(self):
+        """Whatever was under way is gone."""
+        self.close()
+        self.open()
+
+
+class CoreClient(Client):
+    """A client without a network."""
+
+    def __init__(self, server, **session):
+        self.server = server                    # a CorePeer
+        self.begin(**session)
+
+    def ask(self, channel, **fields):
+        reply, = self.server.ask(self.message(channel, **fields))
+        return reply
+
+    def connect(self, **fields):
+        exchange = self.server.send(self.connect_message(**fields))
+        self.server.work()
+        return Batch(exchange.answer)
+
+
+class Peer(Client, Wire):
+    """A client over long-polling, on one connection for its connects and one for the rest."""
+
+    def __init__(self, server, tls=None, **session):
+        Wire.__init__(self, server, tls)
+        self.begin(**session)
+
+    def open(self):
+        Wire.open(self)
+        self.side = Wire(self.server, self.tls)
+
+    def close(self):
+        Wire.close(self)
+        self.side.close()
+
+    def ask(self, channel, **fields):
+        """Send one message beside the connect; its reply."""
+        reply, = self.side.post(self.message(channel, **fields))
+        return reply
+
+    def send_connect(self, **fields):
+        self.send_post(self.connect_message(**fields))
+
+    def connect(self, **fields):
+        return Batch(self.post(self.connect_message(**fields)))
+
+class SocketPeer(Client, SocketWire):
+    """A client over WebSocket.  Replies and events come mixed; each kind keeps its order."""
+
+    connection_type = "websocket"
+
+    def __init__(self, server, tls=None, **session):
+        self.number = 0
+        SocketWire.__init__(self, server, tls)
+        self.begin(**session)
+
+    def begin(self, connect=True, **session):
+        super().begin(connect=False, **session)
+        if connect:                                     # its events are kept for receive()
+            assert self.reply(self.send_connect(timeout=0))["successful"]
+
+    def open(self):
+        SocketWire.open(self)
+        self.replies, self.events = [], []
+
+    def close(self):
+        SocketWire.close(self)
+
+    def message(self, channel, **fields):
+        """With an id, by which its reply can be told."""
         self.number += 1
-        sender = {"clientId": self.id} if self.id else {}
-        self.send_batch({"channel": channel, "id": self.number, **sender, **fields})
-        return self.number
+        return super().message(channel, **{"id": self.number, **fields})
 
     def sort(self):
-        """Read one frame."""
+        """Read one frame, and keep what is in it."""
         batch = self.read_batch()
         self.replies += [message for message in batch if "successful" in message]
         self.events += [message for message in batch if "successful" not in message]
@@ -625,14 +758,26 @@ class SocketPeer(SocketWire):
         self.replies.remove(found)
         return found
 
+    def send_message(self, channel, **fields):
+        """Send one message; the id of its reply."""
+        message = self.message(channel, **fields)
+        self.send_batch(message)
+        return message["id"]
+
     def ask(self, channel, **fields):
-        return self.reply(self.begin(channel, **fields))
+        return self.reply(self.send_message(channel, **fields))
 
-    def hold(self, **fields):
-        return self.begin("/meta/connect", connectionType="websocket", **fields)
+    def send_connect(self, **fields):
+        """Send a connect; the id of its reply."""
+        message = self.connect_message(**fields)
+        self.send_batch(message)
+        return message["id"]
 
-    def connect(self, timeout=None, **fields):
-        return self.reply(self.hold(**({} if timeout is None else {"advice": {"timeout": timeout}}), **fields))
+    def connect(self, **fields):
+        """The events are those that have come until the reply is there, and nobody has received."""
+        reply = self.reply(self.send_connect(**fields))
+        taken, self.events = self.events, []
+        return Batch([reply, *taken])
 
     def receive(self, count):
         """The data of the next events."""
@@ -641,156 +786,24 @@ class SocketPeer(SocketWire):
         taken, self.events = self.events[:count], self.events[count:]
         return [event["data"] for event in taken]
 
-    def subscribe(self, pattern):
-        assert self.ask("/meta/subscribe", subscription=pattern)["successful"]
-
-    def publish(self, channel, data):
-        assert self.ask(channel, data=data)["successful"]
-
-
-class CoreCaller:
-    """A Bayeux client without a network, with the same methods as the two below."""
-
-    connection_type = "long-polling"
-    number = 0                                  # of its latest connect
-
-    def __init__(self, core, **handshake):
-        self.core = core
-        self.open()
-        self.id = None
-        self.handshake = self.ask("/meta/handshake", version="1.0", supportedConnectionTypes=[self.connection_type],
-                                  **handshake)
-        assert self.handshake["successful"], self.handshake
-        self.id = self.handshake["clientId"]
-
-    def open(self):
-        pass
-
-    def close(self):
-        pass
-
-    def lose_connection(self):
-        """Whatever was under way is gone."""
-        self.close()
-        self.open()
-
-    def message(self, channel, **fields):
-        return {"channel": channel, **({"clientId": self.id} if self.id else {}), **fields}
-
-    def connect_message(self, is_held, ack):
-        self.number += 1
-        return self.message("/meta/connect", connectionType=self.connection_type, id=self.number,
-                            **({} if is_held else {"advice": {"timeout": 0}}),
-                            **({} if ack == "" else {"ext": {"ack": ack}}))
-
-    def ask(self, channel, **fields):
-        reply, = self.core.ask(self.message(channel, **fields))
-        return reply
-
-    def connect(self, ack=""):
-        """A connect that is not held: its reply, and the data of the events that came with it."""
-        return self.divided(self.core.ask(self.connect_message(False, ack)))
-
-    def wait(self, ack=""):
-        """A connect that waits for events."""
-        exchange = self.core.send(self.connect_message(True, ack))
-        self.core.work()
-        return self.divided(exchange.answer)
-
-    @staticmethod
-    def divided(batch):
-        return batch[0], [event["data"] for event in batch[1:]]
-
-    def receive(self, count):
-        """The data of the next events, however many connects they take."""
-        taken = []
-        while len(taken) < count:
-            taken += self.wait()[1]
-        assert len(taken) == count, taken
-        return taken
-
-
-class PollingCaller(CoreCaller):
-    """A Bayeux client over long-polling, on one connection."""
-
-    def open(self):
-        self.wire = Wire(self.core)
-
-    def close(self):
-        self.wire.close()
-
-    def ask(self, channel, **fields):
-        reply, = self.wire.post(self.message(channel, **fields))
-        return reply
-
-    def connect(self, ack=""):
-        return self.divided(self.wire.post(self.connect_message(False, ack)))
-
-    def wait(self, ack=""):
-        return self.divided(self.wire.post(self.connect_message(True, ack)))
-
-
-class SocketCaller(CoreCaller):
-    """A Bayeux client over WebSocket."""
-
-    connection_type = "websocket"
-
-    def open(self):
-        self.wire = SocketWire(self.core)
-        self.events = []
-
-    def close(self):
-        self.wire.close()
-
-    def ask(self, channel, **fields):
-        return self.reply(self.message(channel, **fields))[0]
-
-    def connect(self, ack=""):
-        return self.reply(self.connect_message(False, ack))
-
-    def wait(self, ack=""):
-        return self.reply(self.connect_message(True, ack))
-
-    def reply(self, message):
-        """The reply, and the events that came in its frame.
-
-        Events before it are kept for receive(); the reply of a connect that was held until now is let pass.
-        """
-        self.wire.send_batch(message)
-        while True:
-            batch = self.wire.read_batch()
-            if "successful" not in batch[0]:
-                self.events += [event["data"] for event in batch]
-            elif (batch[0]["channel"], batch[0].get("id")) == (message["channel"], message.get("id")):
-                return self.divided(batch)
-
-    def receive(self, count):
-        self.wire.send_batch(self.connect_message(True, ""))
-        while len(self.events) < count:
-            batch = self.wire.read_batch()
-            self.events += [event["data"] for event in batch if "successful" not in event]
-        taken, self.events = self.events, []
-        assert len(taken) == count, taken
-        return taken
-
 
 @pytest.fixture(params=["core", "long-polling", "websocket"])
 def medium(request, serve):
-    """One conversation, three ways: medium(option=value, ...) starts a server, and gives what calls it."""
-    callers = []
+    """One conversation, three ways: medium(option=value, ...) starts a server, and gives what begins its clients."""
+    clients = []
 
     def start(**options):
-        core = CorePeer(**options) if request.param == "core" else serve(**options)
+        server = CorePeer(**options) if request.param == "core" else serve(**options)
 
-        def call(**handshake):
-            kind = {"core": CoreCaller, "long-polling": PollingCaller, "websocket": SocketCaller}[request.param]
-            callers.append(kind(core, **handshake))
-            return callers[-1]
-        return call
+        def begin(**session):
+            kind = {"core": CoreClient, "long-polling": Peer, "websocket": SocketPeer}[request.param]
+            clients.append(kind(server, **{"connect": False, **session}))
+            return clients[-1]
+        return begin
 
     yield start
-    for caller in callers:
-        caller.close()
+    for client in clients:
+        client.close()
 
 
 class FakeStream(bayeux_server.Stream):
@@ -839,7 +852,7 @@ def bystander(server, tls=None):
     """Another client, whose connect is held meanwhile.  Whatever happens, it gets its event."""
     with Peer(server, tls) as peer:
         peer.subscribe("/bystander")
-        hold_connect(server, peer)
+        peer.hold()
         yield peer
         server.publish("/bystander", "still here")
         connect, event = peer.read_answer().batch
@@ -847,14 +860,14 @@ def bystander(server, tls=None):
         assert event == {"channel": "/bystander", "data": "still here"}
 
 
-def hold_connect(server, peer):
-    """Send a connect, and wait until the server holds it."""
-    peer.send_connect()
-    wait_until(lambda: is_held(server, peer.id), "the hold of a connect")
-
-
 def is_held(server, client_id):
     return server.core.sessions[client_id].hold is not None
+
+
+def until_held(server, *client_ids, is_over=False):
+    """Wait until the server holds a connect of each of these sessions, or no longer does."""
+    for client_id in client_ids:
+        wait_until(lambda client_id=client_id: is_held(server, client_id) != is_over, "the hold of a connect, or its end")
 
 
 def has_unsent_output(server):
@@ -867,11 +880,6 @@ def make_buffers_small(server, wire):
     wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
     for connection in list(server.watch.connections):
         connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-
-
-def send_at_once(wire):
-    """Have each send leave as it is, without waiting to be joined by the next."""
-    wire.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def events_of(batch):
@@ -1002,48 +1010,8 @@ def get(serve, site):
     return get
 
 
-def ack_of(reply):
-    return reply["ext"]["ack"]
-
-
-class EventWire(Wire):
-    """An event stream as Faye's client opens it."""
-
-    def __init__(self, server, client_id, tls=None, **headers):
-        super().__init__(server, tls)
-        self.answer = self.request("GET", f"/cometd/{client_id}", Accept="text/event-stream",
-                                   **{"Cache_Control": "no-cache", **headers})
-
-    def read_part(self):
-        """The next event's lines, or None at the end."""
-        if not self._read_until(lambda: b"\r\n\r\n" in self.buffer):
-            assert self.buffer == b""
-            return None
-        part, self.buffer = self.buffer.split(b"\r\n\r\n", 1)
-        return part.decode("utf-8")
-
-    def read_batch(self):
-        part = self.read_part()
-        while part is not None and part.startswith(":"):
-            part = self.read_part()
-        if part is None:
-            return None
-        assert part.startswith("data: ") and "\n" not in part, part
-        return json.loads(part[len("data: "):])
-
-    def receive(self, count):
-        taken = []
-        while len(taken) < count:
-            taken += [event["data"] for event in self.read_batch()]
-        return taken
-
-
 def form(messages):
     return urllib.parse.urlencode([("message", json.dumps(each)) for each in messages]).encode("ascii")
-
-
-def wait_for_hold(server, peer):
-    wait_until(lambda: server.core.sessions[peer.id].hold is not None, "the held connect")
 
 
 def http_get(url, tls=None):
@@ -1588,22 +1556,22 @@ class TestBudgetsAndTurns:
     @pytest.mark.parametrize("ack", [False, True])
     def test_an_answer_is_bounded_and_the_rest_comes_next(self, medium, monkeypatch, ack):
         monkeypatch.setattr(bayeux_server, "MAX_ANSWER", 2000)
-        call = medium()
-        caller = call(ext={"ack": True}) if ack else call()
-        caller.connect()
-        caller.ask("/meta/subscribe", subscription="/a")
+        begin = medium()
+        client = begin(ext={"ack": True}) if ack else begin()
+        client.poll()
+        client.subscribe("/a")
         data = [f"{number} " + "x" * (5000 if number == 7 else 500) for number in range(20)]
         for each in data:
-            (caller.core if isinstance(caller.core, BayeuxServer) else caller.core.core).publish("/a", each)
-        received, number = [], 0
+            client.server.core.publish("/a", each)
+        received, number = [], ""
         while len(received) < len(data):
-            if isinstance(caller, SocketCaller) and not ack:
-                received += caller.receive(len(data))
+            if isinstance(client, SocketPeer) and not ack:
+                received += client.receive(len(data))
             else:
-                reply, events = caller.wait(number) if ack else caller.wait()
-                number = reply["ext"]["ack"] if ack else 0
-                assert sum(map(len, events)) <= 2000 or len(events) == 1
-                received += events
+                batch = client.connect(ack=number)
+                number = batch.ack if ack else ""
+                assert sum(map(len, batch.data)) <= 2000 or len(batch.data) == 1
+                received += batch.data
         assert received == data
 
     @pytest.mark.parametrize("ack", [False, True])
@@ -1757,7 +1725,7 @@ class TestBudgetsAndTurns:
                 carrier = peer
             peer.subscribe("/a")
             if transport == "long-polling":
-                hold_connect(server, peer)
+                peer.hold()
             if is_broken:                       # what is sent to it from now on waits, and never arrives
                 make_buffers_small(server, carrier)
             for _ in range(20):
@@ -5005,35 +4973,35 @@ class TestProtocol:
 
     @pytest.mark.parametrize("ext", [{}, {"ack": False}, {"ack": None}, {"ack": "true"}, [], "x"])
     def test_who_does_not_ask_gets_none(self, acknowledging, ext):
-        caller = acknowledging(ext=ext)
-        assert "ext" not in caller.handshake
-        assert "ext" not in caller.connect()[0]
+        client = acknowledging(ext=ext)
+        assert "ext" not in client.handshake
+        assert "ext" not in client.poll().reply
 
     def test_not_offered_when_switched_off(self, acknowledging):
-        caller = acknowledging({"ack": False})
-        assert "ext" not in caller.handshake
-        assert "ext" not in caller.connect()[0]
+        client = acknowledging({"ack": False})
+        assert "ext" not in client.handshake
+        assert "ext" not in client.poll().reply
 
     def test_batch_numbers_rise_from_1(self, acknowledging):
-        caller = acknowledging()
-        assert [ack_of(caller.connect(number)[0]) for number in range(5)] == [1, 2, 3, 4, 5]
+        client = acknowledging()
+        assert [client.poll(number).ack for number in range(5)] == [1, 2, 3, 4, 5]
 
     @pytest.mark.parametrize("beginning", [-1, 0, None, ""])
     def test_a_client_may_begin_with_anything(self, acknowledging, beginning):
-        caller = acknowledging()
-        reply, events = caller.connect(beginning)
-        assert (ack_of(reply), events) == (1, [])
-        caller.ask("/meta/subscribe", subscription="/a")
-        caller.ask("/a", data="x")
-        reply, events = caller.connect(1)
-        assert (ack_of(reply), events) == (2, ["x"])
-        assert caller.connect(2)[1] == []
+        client = acknowledging()
+        batch = client.poll(beginning)
+        assert (batch.ack, batch.data) == (1, [])
+        client.ask("/meta/subscribe", subscription="/a")
+        client.ask("/a", data="x")
+        batch = client.poll(1)
+        assert (batch.ack, batch.data) == (2, ["x"])
+        assert client.poll(2).data == []
 
-    def subscribe_with_ack(self, caller):
+    def subscribe_with_ack(self, client):
         """A session past its first connect, subscribed to /a; the last number it has seen."""
-        reply, _ = caller.connect(-1)
-        assert caller.ask("/meta/subscribe", subscription="/a")["successful"]
-        return ack_of(reply)
+        batch = client.poll(-1)
+        assert client.ask("/meta/subscribe", subscription="/a")["successful"]
+        return batch.ack
 
     def test_a_reply_takes_no_more_than_a_frame_may_hold(self, serve):
         """max_frame_events; the rest comes with the next one"""
@@ -5042,98 +5010,95 @@ class TestProtocol:
             peer.subscribe("/a")
             for number in range(5):
                 server.publish("/a", number)
-            peer.hold(ext={"ack": 1})
+            peer.send_connect(ack=1)
             assert [event["data"] for event in peer.read_batch()[1:]] == [0, 1, 2]
-            peer.hold(ext={"ack": 2})
+            peer.send_connect(ack=2)
             assert [event["data"] for event in peer.read_batch()[1:]] == [3, 4]
 
     def test_what_was_acknowledged_does_not_come_again(self, acknowledging):
-        caller = acknowledging()
-        seen = self.subscribe_with_ack(caller)
+        client = acknowledging()
+        seen = self.subscribe_with_ack(client)
         for number in range(3):
-            caller.ask("/a", data=number)
-            reply, events = caller.connect(seen)
-            assert events == [number]
-            seen = ack_of(reply)
-        assert caller.connect(seen)[1] == []
+            client.ask("/a", data=number)
+            batch = client.poll(seen)
+            assert batch.data == [number]
+            seen = batch.ack
+        assert client.poll(seen).data == []
 
     def test_a_held_connect_brings_events_and_its_number(self, acknowledging):
         """Over WebSocket, too, events leave with the reply to a connect, as soon as there are some."""
-        caller = acknowledging()
-        seen = self.subscribe_with_ack(caller)
-        caller.ask("/a", data="x")
-        reply, events = caller.wait(seen)
-        assert (reply["successful"], ack_of(reply), events) == (True, seen + 1, ["x"])
+        client = acknowledging()
+        seen = self.subscribe_with_ack(client)
+        client.ask("/a", data="x")
+        batch = client.connect(ack=seen)
+        assert (batch.ack, batch.data) == (seen + 1, ["x"])
 
     def test_a_lost_reply_is_delivered_again_in_order_and_once(self, acknowledging):
-        caller = acknowledging()
-        seen = self.subscribe_with_ack(caller)
-        caller.ask("/a", data=1)
-        caller.ask("/a", data=2)
-        assert caller.connect(seen)[1] == [1, 2]        # this reply is lost, as the client sees it
-        caller.lose_connection()
-        caller.ask("/a", data=3)
-        assert caller.connect(seen)[1] == [1, 2, 3]     # and so is this one
-        caller.lose_connection()
-        caller.ask("/a", data=4)
-        reply, events = caller.connect(seen)
-        assert events == [1, 2, 3, 4]
-        assert caller.connect(ack_of(reply))[1] == []
+        client = acknowledging()
+        seen = self.subscribe_with_ack(client)
+        client.ask("/a", data=1)
+        client.ask("/a", data=2)
+        assert client.poll(seen).data == [1, 2]        # this reply is lost, as the client sees it
+        client.lose_connection()
+        client.ask("/a", data=3)
+        assert client.poll(seen).data == [1, 2, 3]     # and so is this one
+        client.lose_connection()
+        client.ask("/a", data=4)
+        batch = client.poll(seen)
+        assert batch.data == [1, 2, 3, 4]
+        assert client.poll(batch.ack).data == []
 
     def test_only_what_is_newer_comes_again(self, acknowledging):
-        caller = acknowledging()
-        seen = self.subscribe_with_ack(caller)
-        caller.ask("/a", data=1)
-        first, _ = caller.connect(seen)
-        caller.ask("/a", data=2)
-        caller.connect(ack_of(first))                   # lost
-        caller.ask("/a", data=3)
-        assert caller.connect(ack_of(first))[1] == [2, 3]
+        client = acknowledging()
+        seen = self.subscribe_with_ack(client)
+        client.ask("/a", data=1)
+        first = client.poll(seen)
+        client.ask("/a", data=2)
+        client.poll(first.ack)                          # lost
+        client.ask("/a", data=3)
+        assert client.poll(first.ack).data == [2, 3]
 
     def test_the_numbers_go_on_rising(self, acknowledging):
-        caller = acknowledging()
-        seen = self.subscribe_with_ack(caller)
-        caller.ask("/a", data=1)
+        client = acknowledging()
+        seen = self.subscribe_with_ack(client)
+        client.ask("/a", data=1)
         numbers = []
         for _ in range(3):
-            reply, events = caller.connect(seen)        # each is lost
-            numbers.append(ack_of(reply))
-            assert events == [1]
+            batch = client.poll(seen)        # each is lost
+            numbers.append(batch.ack)
+            assert batch.data == [1]
         assert numbers == [seen + 1, seen + 2, seen + 3]
-        assert caller.connect(numbers[-1])[1] == []
+        assert client.poll(numbers[-1]).data == []
 
     @pytest.mark.parametrize("nonsense", [None, "3", [], {}, True, ""])
     def test_a_nonsensical_number_acknowledges_nothing(self, acknowledging, nonsense):
-        caller = acknowledging()
-        seen = self.subscribe_with_ack(caller)
-        caller.ask("/a", data=1)
-        assert caller.connect(seen)[1] == [1]
-        assert caller.connect(nonsense)[1] == [1]
+        client = acknowledging()
+        seen = self.subscribe_with_ack(client)
+        client.ask("/a", data=1)
+        assert client.poll(seen).data == [1]
+        assert client.poll(nonsense).data == [1]
 
     def test_bounded_by_max_queue(self, acknowledging):
         """What is not acknowledged counts among what waits."""
-        caller = acknowledging({"max_queue": 5})
-        seen = self.subscribe_with_ack(caller)
+        client = acknowledging({"max_queue": 5})
+        seen = self.subscribe_with_ack(client)
         for number in range(5):
-            caller.ask("/a", data=number)
-            assert caller.connect(seen)[1] == list(range(number + 1))
-        caller.ask("/a", data="one too many")
-        reply, _ = caller.connect(seen)
-        assert reply["error"].startswith("402:")
-        assert "queue overflow" in reply["error"]
+            client.ask("/a", data=number)
+            assert client.poll(seen).data == list(range(number + 1))
+        client.ask("/a", data="one too many")
+        batch = client.poll(seen)
+        assert batch.reply["error"].startswith("402:")
+        assert "queue overflow" in batch.reply["error"]
 
     def test_combined_with_timesync(self, acknowledging):
         """E2"""
-        caller = acknowledging(ext={"ack": True, "timesync": {"tc": 5, "l": 0, "o": 0}})
-        assert caller.handshake["ext"]["ack"] is True
-        assert caller.handshake["ext"]["timesync"]["tc"] == 5
-        caller.connect_message = lambda is_held, ack: caller.message(
-            "/meta/connect", connectionType=caller.connection_type, advice={"timeout": 0 if not is_held else 50},
-            ext={"ack": ack, "timesync": {"tc": 6, "l": 0, "o": 0}})
-        for number, connect in enumerate([caller.connect, caller.connect]):
-            reply, _ = connect(number)
-            assert ack_of(reply) == number + 1
-            assert reply["ext"]["timesync"]["tc"] == 6
+        client = acknowledging(ext={"ack": True, "timesync": {"tc": 5, "l": 0, "o": 0}})
+        assert client.handshake["ext"]["ack"] is True
+        assert client.handshake["ext"]["timesync"]["tc"] == 5
+        for number in range(2):
+            batch = client.poll(ext={"ack": number, "timesync": {"tc": 6, "l": 0, "o": 0}})
+            assert batch.ack == number + 1
+            assert batch.reply["ext"]["timesync"]["tc"] == 6
 
     def test_a_held_connect_combined_with_timesync(self, core):
         """E2"""
@@ -5141,7 +5106,7 @@ class TestProtocol:
         exchange = core.hold(client_id, ext={"ack": 1, "timesync": {"tc": 6, "l": 0, "o": 0}})
         core.pass_time(30)
         reply, = exchange.answer
-        assert ack_of(reply) == 2
+        assert reply["ext"]["ack"] == 2
         assert reply["ext"]["timesync"]["tc"] == 6
 
     def test_a_reply_that_could_not_be_written(self, core):
@@ -5164,25 +5129,25 @@ class TestProtocol:
         newer = core.hold(client_id, ext={"ack": 1})
         core.core.publish("/a", 1)
         core.work()
-        assert [ack_of(older.answer[0]), ack_of(newer.answer[0])] == [2, 3]
+        assert [older.answer[0]["ext"]["ack"], newer.answer[0]["ext"]["ack"]] == [2, 3]
         assert (older.answer[1:], newer.answer[1:]) == ([], [{"channel": "/a", "data": 1}])
 
     def test_it_survives_a_change_of_transport(self, serve):
         server = serve()
-        caller = PollingCaller(server, ext={"ack": True})
-        seen = self.subscribe_with_ack(caller)
+        client = Peer(server, connect=False, ext={"ack": True})
+        seen = self.subscribe_with_ack(client)
         expected = []
         for turn in range(6):
-            caller.ask("/a", data=turn)
+            client.ask("/a", data=turn)
             expected.append(turn)
-            reply, events = caller.connect(seen)
-            assert events == expected
-            caller.close()                              # lost; and now over the other one
-            caller.__class__ = SocketCaller if isinstance(caller, PollingCaller) else PollingCaller
-            caller.open()
+            batch = client.poll(seen)
+            assert batch.data == expected
+            client.close()                              # lost; and now over the other one
+            kind = SocketPeer if isinstance(client, Peer) else Peer
+            client = kind(server, client_id=client.id, connect=False)
             if turn == 3:                               # but this once it was seen
-                seen, expected = ack_of(reply), []
-        caller.close()
+                seen, expected = batch.ack, []
+        client.close()
 
     def test_events_over_a_socket_come_with_replies_only(self, server):
         with SocketPeer(server, ext={"ack": True}) as peer:
@@ -5190,7 +5155,7 @@ class TestProtocol:
             server.publish("/a", "x")
             peer.send_frame(PING_FRAME, b"nothing before this")
             assert peer.read_frame() == (PONG_FRAME, b"nothing before this")
-            held = peer.hold(ext={"ack": 1})
+            held = peer.send_connect(ack=1)
             connect, event = peer.read_batch()
             assert (connect["id"], event["data"]) == (held, "x")
 
@@ -5198,15 +5163,10 @@ class TestProtocol:
         """C6"""
         with SocketPeer(server, ext={"ack": True}) as peer:
             peer.subscribe("/a")
-            peer.hold(ext={"ack": 1})
-            session = session_of(server, peer.id)
-            wait_until(lambda: session.hold is not None)
+            peer.hold(ack=1)
         server.publish("/a", "x")
-        caller = SocketCaller.__new__(SocketCaller)
-        caller.core, caller.id = server, peer.id
-        caller.open()
-        assert caller.wait(1)[1] == ["x"]
-        caller.close()
+        with SocketPeer(server, client_id=peer.id, connect=False) as again:
+            assert again.connect(ack=1).data == ["x"]
 
     def test_without_it_nothing_is_kept(self, core):
         client_id = core.handshake()
@@ -5403,7 +5363,7 @@ class TestProtocol:
         server = serve(max_inactivity=100)
         with SocketPeer(server) as peer:
             session_of(server, peer.id).active -= 101
-            assert "inactivity" in peer.connect(timeout=0)["error"]
+            assert "inactivity" in peer.poll().reply["error"]
             peer.id = None
             assert peer.ask("/meta/handshake", version="1.0")["successful"]
 
@@ -5791,7 +5751,7 @@ class TestProtocol:
             server.client_push(peer.id, "/b", 2, priority=3)
             server.unsubscribe("/a", peer.id)
             server.publish("/a", 4)
-            assert peer.connect(timeout=0)[1:] == [{"channel": "/a", "data": 1, "ext": {"x": 1}},
+            assert peer.poll()[1:] == [{"channel": "/a", "data": 1, "ext": {"x": 1}},
                                                    {"channel": "/b", "data": 2, "priority": 3}]
         wait_until(lambda: len(told) == 6)
         assert told == ["client_connect", "subscribe", "publish", "client_push", "unsubscribe", "publish"]
@@ -5820,7 +5780,7 @@ class TestProtocol:
     def test_the_transport_is_the_latest(self, server):
         with Peer(server) as peer, SocketPeer(server, client_id=peer.id):
             assert session_of(server, peer.id).transport == "websocket"
-            peer.connect(timeout=0)
+            peer.poll()
             assert session_of(server, peer.id).transport == "long-polling"
 
     def test_the_list_is_a_copy(self, server):
@@ -5830,9 +5790,8 @@ class TestProtocol:
 
     def test_a_held_connect_is_told_the_reason(self, server):
         with Peer(server) as peer:
-            peer.send_connect(id=9)
+            peer.hold(id=9)
             session = session_of(server, peer.id)
-            wait_until(lambda: session.hold is not None)
             server.end_session(peer.id, "closed for the night")
             reply, = peer.read_answer().batch
             assert (reply["id"], reply["successful"]) == (9, False)
@@ -5844,8 +5803,6 @@ class TestProtocol:
     def test_a_held_connect_on_a_socket_is_told_the_reason(self, server):
         with SocketPeer(server) as peer:
             held = peer.hold()
-            session = session_of(server, peer.id)
-            wait_until(lambda: session.hold is not None)
             server.end_session(peer.id, "closed for the night")
             assert "closed for the night" in peer.reply(held)["error"]
 
@@ -6173,7 +6130,7 @@ class TestLocalClients:
             for number in range(100):
                 peer.publish("/a", number)
             assert all(count.acquire(timeout=PATIENCE) for _ in range(100))
-            assert len(peer.connect(timeout=0)) == 101
+            assert len(peer.poll()) == 101
         wait_until(lambda: len(errors.records) == 100)
         errors.take()
 
@@ -6309,14 +6266,14 @@ class TestLocalClients:
             demo.answer({"data": {"user": "me", "chat": "hello"}})
             peer.subscribe("/chat/members")
             assert peer.ask("/service/members", data={"user": "me"})["successful"]
-            assert events_of(peer.connect()) == [{"members": ["autobot", "me"], "count": 2}]
+            assert peer.connect().data == [{"members": ["autobot", "me"], "count": 2}]
             may_end.set()
             wait_until(lambda: demo.magnets and not demo.bot.mailbox.items and not server.core.scheduled_mailboxes)
             peer.subscribe("/chat/demo")
             peer.publish("/chat/demo", {"user": "me", "chat": "still there?"})
             said = []
             while len(said) < 2:
-                said += events_of(peer.connect())
+                said += peer.connect().data
             assert said[1] == {"user": "autobot", "chat": "I heard me say: still there?"}
 
 
@@ -6993,7 +6950,7 @@ class TestConnections:
                 wire.post(CorePeer.connect_message(client_id))
                 wire.post({"channel": "/meta/subscribe", "clientId": client_id, "subscription": "/all"})
                 wire.send_post(CorePeer.connect_message(client_id))
-            wait_until(lambda: sum(session.hold is not None for session in server.core.sessions.values()) == 300)
+            until_held(server, *server.core.sessions)
             assert threading.active_count() - threads_before <= 5
             server.publish("/all", "to everybody")
             for wire in wires:
@@ -7037,7 +6994,7 @@ class TestConnections:
 
     def test_a_second_request_behind_a_held_connect_releases_it_first(self, server):
         with Peer(server) as peer:
-            hold_connect(server, peer)
+            peer.hold()
             peer.send_post({**PING, "id": "second"})
             connect, = peer.read_answer().batch
             assert (connect["channel"], connect["successful"]) == ("/meta/connect", True)
@@ -7049,10 +7006,9 @@ class TestConnections:
         with Peer(server) as peer:
             consume, heard = server.http.consume, []
             monkeypatch.setattr(server.http, "consume", lambda connection: (consume(connection), heard.append(1)))
-            send_at_once(peer)
             peer.subscribe("/a")
             peer.send(whole_post(CorePeer.connect_message(peer.id)) + tails[0])
-            wait_until(lambda: is_held(server, peer.id), "the hold of the connect")
+            until_held(server, peer.id)
             for tail in tails[1:]:
                 before = len(heard)
                 peer.send(tail)
@@ -7073,9 +7029,9 @@ class TestConnections:
         """C6: nothing is lost, the subscriptions neither."""
         with Peer(server) as peer:
             peer.subscribe("/news")
-            hold_connect(server, peer)
+            peer.hold()
             hang_up(peer.socket)
-            wait_until(lambda: not is_held(server, peer.id), "the end of the hold")
+            until_held(server, peer.id, is_over=True)
             server.publish("/news", 1)
             server.publish("/news", 2)
             assert events_of(peer.side.post(CorePeer.connect_message(peer.id))) == [1, 2]
@@ -7086,7 +7042,7 @@ class TestConnections:
             with Wire(server) as wire:
                 client_id = wire.post(HANDSHAKE)[0]["clientId"]
                 wire.send_post({"channel": "/news", "data": "last words", "clientId": client_id})
-            assert events_of(peer.connect()) == ["last words"]
+            assert peer.connect().data == ["last words"]
 
     @pytest.mark.parametrize("subscribers", [2, 40])
     def test_who_reads_a_publish_delivers_it(self, serve, subscribers):
@@ -7144,7 +7100,7 @@ class TestConnections:
                     assert has_begun.acquire(timeout=PATIENCE)
                 peer.subscribe("/round/trip")
                 peer.publish("/round/trip", "quick")
-                assert events_of(peer.connect()) == ["quick"]
+                assert peer.connect().data == ["quick"]
             is_free.set()
             for wire in wires:
                 assert wire.read_answer().status in (200, 404)
@@ -7224,7 +7180,6 @@ class TestConnections:
         body = json.dumps([PING] * 100).encode()
         chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
         with Wire(server) as wire:
-            send_at_once(wire)
             wire.send(raw_post(chunks, "Transfer-Encoding: chunked") + whole_post({**PING, "id": "next"}))
             assert len(wire.read_answer().batch) == 100
             assert wire.read_answer().batch[0]["id"] == "next"
@@ -7232,7 +7187,6 @@ class TestConnections:
 
     def test_a_line_end_at_the_beginning_of_what_has_come_of_a_body_belongs_to_it(self, server):
         with Wire(server) as wire:
-            send_at_once(wire)
             body = b" \r\n" + json.dumps([PING]).encode()
             request = raw_post(body, f"Content-Length: {len(body)}")
             wire.send(request[:-len(body) + 1])
@@ -7242,7 +7196,7 @@ class TestConnections:
 
     def test_a_held_connect_is_not_late(self, serve):
         with Peer(serve(request_timeout=0.2, timeout=0.5)) as peer:
-            assert events_of(peer.connect()) == []
+            assert peer.connect().data == []
 
     def fill(self, server, peer, wire=None, number=60):
         """Queue more for the peer than sockets buffer, then connect without reading."""
@@ -7366,7 +7320,7 @@ class TestConnections:
                     each.connect(("127.0.0.1", server.port))
                 wait_until(lambda: errors.records, "an error in the log")
                 for _ in range(100):
-                    assert events_of(peer.connect(timeout=0)) == []
+                    assert peer.poll().data == []
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             logged = errors.take()
@@ -7574,7 +7528,7 @@ class TestConnections:
                 for publisher in (peer, other):
                     publisher.publish("/a", "data")
                     assert events_of(third.read_answer().batch) == ["data"]
-                    hold_connect(stuck, third)
+                    third.hold()
 
     def test_all_is_well_again_afterwards(self, stuck, monkeypatch):
         with Peer(stuck) as peer:
@@ -7780,7 +7734,7 @@ class TestConnections:
         with Peer(server) as fed, EventWire(server, fed.id) as stream, SocketWire(server) as upgraded:
             fed.close()
             held = Peer(server)
-            hold_connect(server, held)
+            held.hold()
             wires = [Wire(server) for _ in range(10)]
             server.subscribe("/a", held.id)
             server.publish("/a", "event")
@@ -7921,7 +7875,7 @@ class TestConnections:
         with Peer(server, tls) as peer:
             peer.subscribe("/chat/*")
             peer.publish("/chat/demo", "hello")
-            assert events_of(peer.connect()) == ["hello"]
+            assert peer.connect().data == ["hello"]
 
     def test_expect_100_continue(self, serve_tls, tls):
         body = json.dumps([PING]).encode("utf-8")
@@ -7944,7 +7898,7 @@ class TestConnections:
         try:
             for peer in peers:
                 peer.subscribe("/all")
-                hold_connect(server, peer)
+                peer.hold()
             assert threading.active_count() <= threads + 2
             server.publish("/all", "to everybody")
             for peer in peers:
@@ -7958,9 +7912,9 @@ class TestConnections:
         server = serve_tls()
         with Peer(server, tls) as peer:
             peer.subscribe("/news")
-            hold_connect(server, peer)
+            peer.hold()
             peer.socket.close()
-            wait_until(lambda: not is_held(server, peer.id), "the end of the hold")
+            until_held(server, peer.id, is_over=True)
             server.publish("/news", 1)
             assert events_of(peer.side.post(CorePeer.connect_message(peer.id))) == [1]
 
@@ -7989,7 +7943,6 @@ class TestConnections:
 
     def test_a_request_in_many_records(self, serve_tls, tls):
         with Wire(serve_tls(), tls) as wire:
-            send_at_once(wire)
             for byte in whole_post():
                 wire.send(bytes([byte]))
             assert wire.read_answer().batch[0]["id"] == "p"
@@ -8127,7 +8080,6 @@ class TestHttpTransport:
     def test_requests_are_read_however_they_are_cut(self, server, request_bytes):
         """Whole, byte by byte, and with another request behind them."""
         with Wire(server) as wire, bystander(server):
-            send_at_once(wire)
             wire.send(request_bytes)
             assert wire.read_answer().batch[0]["id"] == "p"
             for byte in request_bytes:
@@ -8145,7 +8097,6 @@ class TestHttpTransport:
         consume, heard = server.http.consume, []
         monkeypatch.setattr(server.http, "consume", lambda connection: (consume(connection), heard.append(1)))
         with Wire(server) as wire:
-            send_at_once(wire)
             for count, byte in enumerate(self.CHUNKED + b"0\r\n\r\n"):
                 wire.send(bytes([byte]))
                 wait_until(lambda count=count: len(heard) > count, "the reading of a byte")
@@ -8195,7 +8146,7 @@ class TestHttpTransport:
         with Peer(server) as peer:
             peer.subscribe("/news")
             peer.send_post(CorePeer.connect_message(peer.id), Connection="close")
-            wait_until(lambda: is_held(server, peer.id))
+            until_held(server, peer.id)
             server.publish("/news", 1)
             assert events_of(peer.read_answer().batch) == [1]
             assert peer.is_closed_by_server()
@@ -8341,7 +8292,7 @@ class TestHttpTransport:
             peer.side.request("POST", "/cometd", body.encode("utf-8"))
             form = urllib.parse.urlencode({"message": body})
             peer.side.request("POST", "/cometd", form.encode(), Content_Type=self.FORM_TYPE)
-            assert events_of(peer.connect()) == [text] * 3
+            assert peer.connect().data == [text] * 3
 
     NO_BATCHES = (
         b"", b" ", b"[]", b"no JSON", b"[", b'[{"channel": "/meta/ping"}', b"[NaN]", b'[{"a": 1, "a": 2}]',
@@ -8478,7 +8429,7 @@ class TestHttpTransport:
             assert call(wire, **connect)[0]["successful"]
             assert call(wire, channel="/meta/subscribe", clientId=client_id, subscription="/chat/*")[0]["successful"]
             wire.send_request("GET", jsonp_target({**connect, "id": 9}, jsonp="f"), **OWN_PAGE)
-            wait_until(lambda: is_held(server, client_id))
+            until_held(server, client_id)
             assert call(side, channel="/chat/demo", clientId=client_id, data="hello")[0]["successful"]
             reply, event = script_batch(wire.read_answer(), "f")
             assert (reply["id"], event) == (9, {"channel": "/chat/demo", "data": "hello"})
@@ -8519,7 +8470,7 @@ class TestHttpTransport:
                 reply, = self.ask_filter(wire, {"channel": "/meta/subscribe", "clientId": client_id, "subscription": pattern})
                 assert reply["subscription"] == pattern
             wire.send_post(connect)
-            wait_until(lambda: is_held(server, client_id))
+            until_held(server, client_id)
             hostile = {"*/alert(1)/*": "*/alert(1)/* /**/ *\\/"}
             assert self.ask_filter(side, {"channel": "/chat/demo", "clientId": client_id, "data": hostile})[0]["successful"]
             assert events_of(self.unfiltered(wire.read_answer())) == [hostile]
@@ -8934,7 +8885,7 @@ class TestHttpTransport:
     def test_no_cookie_is_ever_required(self, server):
         """T7: many clients keep none."""
         with Peer(server) as peer:
-            assert events_of(peer.connect(timeout=0)) == []
+            assert peer.poll().data == []
 
     def test_the_second_session_of_a_browser_is_told_to_poll(self, serve):
         """T7: as long as the first holds its connect."""
@@ -8947,17 +8898,17 @@ class TestHttpTransport:
             for wire, client_id in ((first, first_id), (second, second_id), (stranger, stranger_id)):
                 wire.post(CorePeer.connect_message(client_id), **(headers if wire is not stranger else {}))
             first.send_post(CorePeer.connect_message(first_id), **headers)
-            wait_until(lambda: is_held(server, first_id))
+            until_held(server, first_id)
             reply, = second.post(CorePeer.connect_message(second_id), **headers)
             assert reply["successful"]
             assert reply["advice"]["multiple-clients"] is True
             assert reply["advice"]["interval"] > 0
             stranger.send_post(CorePeer.connect_message(stranger_id))
-            wait_until(lambda: is_held(server, stranger_id), "the hold of another browser's connect")
+            until_held(server, stranger_id)
             first.close()
-            wait_until(lambda: not is_held(server, first_id))
+            until_held(server, first_id, is_over=True)
             second.send_post(CorePeer.connect_message(second_id), **headers)
-            wait_until(lambda: is_held(server, second_id), "the hold once there is room")
+            until_held(server, second_id)
 
     def test_four_sessions_of_a_browser_are_held_by_default(self, server):
         """T7: a browser opens six connections to a host, and what they hold is no use for anything else."""
@@ -8970,7 +8921,7 @@ class TestHttpTransport:
                 each.post(CorePeer.connect_message(client_id), **headers)
                 each.send_post(CorePeer.connect_message(client_id), **headers)
                 if each is not wires[-1]:
-                    wait_until(lambda client_id=client_id: is_held(server, client_id))
+                    until_held(server, client_id)
             assert wires[-1].read_answer().batch[0]["advice"]["multiple-clients"] is True
             for each in wires:
                 each.close()
@@ -8998,7 +8949,7 @@ class TestHttpTransport:
             wait_until(lambda: wire.is_readable() or is_held(server, client_id))
             if is_held(server, client_id):
                 wire.close()
-                wait_until(lambda: not is_held(server, client_id))
+                until_held(server, client_id, is_over=True)
                 return True
             assert wire.read_answer().batch[0]["advice"] == ADVICE_POLL
             return False
@@ -9008,9 +8959,9 @@ class TestHttpTransport:
         server = serve(client_max_connections=3)
         peers = [Peer(server) for _ in range(3)]
         for peer in peers[:2]:
-            hold_connect(server, peer)
+            peer.hold()
         assert self.is_held_at_last(server), "a third"
-        hold_connect(server, peers[2])
+        peers[2].hold()
         assert not self.is_held_at_last(server)
         for peer in peers:
             peer.close()
@@ -9019,20 +8970,20 @@ class TestHttpTransport:
         """Of an office of thirty twenty were dead once, as the eleventh request of an address was refused."""
         server = serve(client_max_connections=1)
         with Peer(server) as peer, Peer(server) as other, Wire(server) as wire:
-            hold_connect(server, peer)
+            peer.hold()
             peer.publish("/a", 1)
             other.subscribe("/a")
             other.publish("/a", 1)
             assert wire.request("GET", jsonp_target(PING), **OWN_PAGE).status == 200
             assert wire.request("GET", "/").status == 404
-            assert events_of(other.connect()) == [1]
+            assert other.connect().data == [1]
             assert other.ask("/meta/disconnect")["successful"]
 
     def test_a_stream_too_many_is_refused_in_a_bayeux_array(self, serve, caplog):
         """T5: 503, Retry-After; whereupon stock clients fall back to long-polling."""
         server = serve(client_max_connections=1)
         with Peer(server) as peer, Wire(server) as wire:
-            hold_connect(server, peer)
+            peer.hold()
             for headers in (upgrade_headers(), {"Accept": "text/event-stream"}):
                 answer = wire.request("GET", f"/cometd/{peer.id}", X_Forwarded_For="9.9.9.9", **headers)
                 assert answer.status == 503 and int(answer.headers["retry-after"]) > 0
@@ -9065,11 +9016,11 @@ class TestHttpTransport:
         with Peer(server) as peer:
             for _ in range(10):
                 assert self.is_held_at_last(server)
-                peer.connect(timeout=0)
+                peer.poll()
                 peer.request("POST", "/cometd", b"no JSON")
             for hang_up in (socket.socket.close, reset):
                 with Peer(server) as other:
-                    hold_connect(server, other)
+                    other.hold()
                     assert not self.is_held_at_last(server)
                     hang_up(other.socket)
                     wait_until(lambda: not server.core.kept_open, "the return of the count")
@@ -9078,7 +9029,7 @@ class TestHttpTransport:
         server = serve(client_max_connections=0)
         peers = [Peer(server) for _ in range(15)]
         for peer in peers:
-            hold_connect(server, peer)
+            peer.hold()
         assert self.is_held_at_last(server)
         for peer in peers:
             peer.close()
@@ -9087,7 +9038,7 @@ class TestHttpTransport:
         """The original did.  But if all come from one address, it may be an honest proxy."""
         server = serve(client_max_connections=1)
         with Peer(server) as peer:
-            hold_connect(server, peer)
+            peer.hold()
             assert not self.is_held_at_last(server, X_Forwarded_For="9.9.9.9")
             wait_until(lambda: "127.0.0.1 keeps as many connections open" in caplog.text)
             assert "--trusted-proxy 127.0.0.1" in caplog.text
@@ -9096,11 +9047,11 @@ class TestHttpTransport:
         server = serve(client_max_connections=1, trusted_proxies=["127.0.0.0/8"])
         with Peer(server) as peer, Peer(server) as second:
             peer.send_post(CorePeer.connect_message(peer.id), X_Forwarded_For="9.9.9.9")
-            wait_until(lambda: is_held(server, peer.id))
+            until_held(server, peer.id)
             assert not self.is_held_at_last(server, X_Forwarded_For="9.9.9.9:4711")
             assert not self.is_held_at_last(server, X_Forwarded_For="8.8.8.8, 9.9.9.9")
             assert self.is_held_at_last(server, X_Forwarded_For="8.8.8.8")
-            hold_connect(server, second)
+            second.hold()
             assert self.is_held_at_last(server), "the proxy itself has no limit"
             wait_until(lambda: "9.9.9.9 keeps as many connections open" in caplog.text)
             assert "--trusted-proxy" not in caplog.text
@@ -9439,7 +9390,7 @@ class TestHttpTransport:
         """T4: the connect goes on being held"""
         with SocketPeer(server) as peer:
             peer.subscribe("/a")
-            held = peer.hold()
+            held = peer.send_connect()
             for number in range(3):
                 server.publish("/a", number)
                 assert peer.read_batch() == [{"channel": "/a", "data": number}]
@@ -9456,14 +9407,12 @@ class TestHttpTransport:
         """C2"""
         with SocketPeer(serve(timeout=0.05)) as peer:
             for _ in range(3):
-                reply = peer.connect()
-                assert reply["successful"] and reply["channel"] == "/meta/connect"
-            assert peer.events == []
+                assert peer.connect().data == []
 
     def test_a_newer_connect_releases_the_older(self, server):
         """C3"""
         with SocketPeer(server) as peer:
-            first, second = peer.hold(), peer.hold()
+            first, second = peer.send_connect(), peer.send_connect()
             assert peer.reply(first)["successful"]
             assert not any(reply["id"] == second for reply in peer.replies)
             assert peer.ask("/meta/disconnect")["successful"]
@@ -9488,7 +9437,7 @@ class TestHttpTransport:
             peer.subscribe("/a")
             peer.id = bob = peer.ask("/meta/handshake", version="1.0")["clientId"]
             peer.subscribe("/b")
-            assert peer.connect(timeout=0)["successful"]
+            assert peer.poll().reply["successful"]
             server.publish("/a", "to ann")
             server.publish("/b", "to bob")
             assert sorted(peer.receive(2)) == ["to ann", "to bob"]
@@ -9513,7 +9462,6 @@ class TestHttpTransport:
             first.subscribe("/a")
             first.hold()
             session = session_of(server, first.id)
-            wait_until(lambda: session.hold is not None)
         wait_until(lambda: session.stream is None and session.hold is None)
         for number in range(3):
             server.publish("/a", number)
@@ -9630,7 +9578,7 @@ class TestHttpTransport:
 
         server = serve(services={"slow": slow})
         with SocketPeer(server) as peer, SocketPeer(server) as other:
-            first, second = peer.begin("/service/slow", data=1), peer.begin("/a", data=2)
+            first, second = peer.send_message("/service/slow", data=1), peer.send_message("/a", data=2)
             assert entered.wait(PATIENCE)
             other.subscribe("/b")
             server.publish("/b", "still here")
@@ -9646,7 +9594,7 @@ class TestHttpTransport:
         server = serve(services={"slow": lambda message: entered.set() or leave.wait(PATIENCE) and None})
         with SocketPeer(server) as peer:
             peer.subscribe("/a")
-            slow = peer.begin("/service/slow", data=1)
+            slow = peer.send_message("/service/slow", data=1)
             assert entered.wait(PATIENCE)
             server.publish("/a", "x")
             assert peer.receive(1) == ["x"]
@@ -9659,7 +9607,7 @@ class TestHttpTransport:
         server = serve(request_timeout=0.2, services={"slow": lambda message: entered.set() or leave.wait(PATIENCE)
                                                       and None})
         with SocketPeer(server) as peer:
-            slow = peer.begin("/service/slow", data=1)
+            slow = peer.send_message("/service/slow", data=1)
             assert entered.wait(PATIENCE)
             connection, = server.watch.connections
             for _ in range(3):
@@ -9761,8 +9709,6 @@ class TestHttpTransport:
     def test_the_servers_end_is_going_away(self, server):
         with SocketPeer(server) as peer:
             held = peer.hold()
-            session = session_of(server, peer.id)
-            wait_until(lambda: session.hold is not None)
             stopping = threading.Thread(target=server.shutdown)
             stopping.start()
             assert peer.reply(held)["advice"]["reconnect"] == "retry"
@@ -9774,8 +9720,6 @@ class TestHttpTransport:
         with SocketPeer(server) as peer:
             peer.subscribe("/a")
             peer.hold()
-            session = session_of(server, peer.id)
-            wait_until(lambda: session.hold is not None)
             for number in range(20):
                 server.publish("/a", number)
             server.shutdown()
@@ -9784,7 +9728,7 @@ class TestHttpTransport:
     def test_a_disconnect_leaves_the_socket_open(self, server):
         """X1"""
         with SocketPeer(server) as peer:
-            held = peer.hold()
+            held = peer.send_connect()
             assert peer.ask("/meta/disconnect")["successful"]
             assert peer.reply(held)["advice"]["reconnect"] == "none"
             assert peer.ask("/a", data=1)["error"].startswith("402:")
@@ -9929,7 +9873,7 @@ class TestHttpTransport:
             with EventWire(server, peer.id) as stream:
                 session = session_of(server, peer.id)
                 wait_until(lambda: session.stream is not None)
-                assert peer.connect(timeout=0)[0]["successful"]
+                assert peer.poll().reply["successful"]
                 peer.publish("/a", "streamed")
                 assert stream.receive(1) == ["streamed"]
             wait_until(lambda: session.stream is None)
@@ -10034,11 +9978,11 @@ class TestHttpTransport:
                                    "supportedConnectionTypes": ["eventsource"]})[0]["clientId"]
             connect = {"channel": "/meta/connect", "clientId": client_id, "connectionType": "eventsource"}
             with EventWire(server, client_id):
-                assert ack_of(wire.post({**connect, "ext": {"ack": -1}})[0]) == 1
+                assert wire.post({**connect, "ext": {"ack": -1}})[0]["ext"]["ack"] == 1
                 server.subscribe("/a", client_id)
                 server.publish("/a", "x")
                 reply, event = wire.post({**connect, "ext": {"ack": 1}})
-                assert (ack_of(reply), event["data"]) == (2, "x")
+                assert (reply["ext"]["ack"], event["data"]) == (2, "x")
 
     def test_an_event_stream_through_tls(self, serve_tls, tls):
         server = serve_tls()
@@ -10059,10 +10003,10 @@ class TestHttpTransport:
 
     def test_from_handshake_to_disconnect(self, medium):
         """H1, C1, C2, S1, P1, S4, X1"""
-        call = medium()
-        ann, bob = call(), call()
-        reply, events = ann.connect()
-        assert reply["successful"] and reply["advice"]["reconnect"] == "retry" and events == []
+        begin = medium()
+        ann, bob = begin(), begin()
+        batch = ann.poll()
+        assert batch.reply["advice"]["reconnect"] == "retry" and batch.data == []
         assert ann.ask("/meta/subscribe", subscription="/chat/*", id=0) == {
             "channel": "/meta/subscribe", "successful": True, "subscription": "/chat/*", "id": 0}
         assert bob.ask("/chat/demo", data={"text": "Grüße ☃ 😀"}, id="0") == {
@@ -10075,9 +10019,9 @@ class TestHttpTransport:
 
     def test_order_is_kept(self, medium):
         """P2"""
-        call = medium()
-        ann, bob = call(), call()
-        ann.connect()
+        begin = medium()
+        ann, bob = begin(), begin()
+        ann.poll()
         ann.ask("/meta/subscribe", subscription=["/a", "/**"])
         for number in range(50):
             bob.ask("/a", data=number)
@@ -10087,7 +10031,7 @@ class TestHttpTransport:
     def test_every_json_value_arrives(self, medium, data):
         """G4"""
         ann = medium()()
-        ann.connect()
+        ann.poll()
         ann.ask("/meta/subscribe", subscription="/a")
         ann.ask("/a", data=data)
         assert ann.receive(1) == [data]
@@ -10103,7 +10047,7 @@ class TestHttpTransport:
         """C1"""
         ann = medium()()
         ann.id = "nobody"
-        reply, _ = ann.connect()
+        reply = ann.poll().reply
         assert not reply["successful"]
         assert reply["error"].startswith("402:nobody:")
         assert reply["advice"] == {"reconnect": "handshake", "interval": 0}
@@ -10748,7 +10692,7 @@ class TestServer:
                                           {"channel": "/private", "data": [1], "more": True}]
             server.unsubscribe("/a/*", peer.id)
             server.publish("/a/b", "unheard")
-            assert peer.connect(timeout=0)[1:] == []
+            assert peer.poll()[1:] == []
 
     @pytest.mark.parametrize(("call", "code"), [
         (lambda server: server.subscribe("/a", "nobody"), 402),
@@ -10887,14 +10831,14 @@ class TestServer:
         with bystander(server), Peer(server) as peer:
             peer.subscribe("/a")
             peer.publish("/a", 1)
-            assert events_of(peer.connect()) == [1]
+            assert peer.connect().data == [1]
 
     def test_the_leader_while_it_delivers(self, hurt, failure):
         server, fail_once = hurt
         with bystander(server), Peer(server) as peer:
             fail_once(server.core, "take_answers", failure)
             peer.subscribe("/a")
-            hold_connect(server, peer)
+            peer.hold()
             peer.side.send_post({"channel": "/a", "clientId": peer.id, "data": 1})
             peer.side.read_answer()                     # its reply may be lost, and the connection
             server.publish("/a", 2)
@@ -10965,8 +10909,7 @@ class TestServer:
         peers = [Peer(server) for _ in range(20)]
         for peer in peers:
             peer.send_connect(id="held")
-        wait_until(lambda: sum(session.hold is not None for session in list(server.core.sessions.values())) == 20,
-                   "twenty held connects")
+        until_held(server, *server.core.sessions)
         server.shutdown()
         intervals = set()
         for peer in peers:
@@ -11056,7 +10999,7 @@ class TestServer:
         with ExitStack() as stack:
             peers = [stack.enter_context(Peer(server)) for _ in range(20)]
             for peer in peers:
-                hold_connect(server, peer)
+                peer.hold()
             flood = json.dumps([{"channel": "/none", "data": "x"}] * 10).encode()
             for kind, data in [(Wire, whole_post(*json.loads(flood)) * 20), (SocketWire, masked(TEXT_FRAME, flood) * 20)]:
                 for _ in range(3):
@@ -11173,7 +11116,7 @@ class TestServer:
         """A client that comes back to another server on the same port is told to handshake again: C1."""
         peer = Peer(server)
         peer.send_connect()
-        wait_for_hold(server, peer)
+        until_held(server, peer.id)
         server.shutdown()
         successor = serve(port=server.port)
         assert successor.port == server.port
@@ -11236,7 +11179,7 @@ class TestServer:
         server = serve(services={"wait": lambda message: is_called.set() or may_return.wait(PATIENCE) and None},
                        grace=1000)
         with SocketPeer(server) as peer:
-            number = peer.begin("/service/wait")
+            number = peer.send_message("/service/wait")
             assert is_called.wait(PATIENCE)
             assert server.watch.is_busy()
             stopping = threading.Thread(target=server.shutdown)
@@ -11257,7 +11200,7 @@ class TestServer:
         server = serve(services={"stick": stick}, grace=0.2)
         with Peer(server) as peer:
             peer.send_connect()
-            wait_for_hold(server, peer)
+            until_held(server, peer.id)
             peer.side.send_post({"channel": "/service/stick", "clientId": peer.id})
             assert is_called.wait(PATIENCE)
             stopping = threading.Thread(target=server.shutdown)
@@ -11586,7 +11529,7 @@ class TestCommandLine:
             peer.subscribe("/chat/demo")
             peer.publish("/chat/demo", {"user": "anna", "chat": "Hello"})
             assert len(peer.connect()) == 2
-            assert len(peer.connect(timeout=0)) == 1
+            assert len(peer.poll()) == 1
 
     def test_flags_reach_the_server(self, tmp_path):
         """--docroot, --directory-index, --type-expires, --no-timesync, --log-file, --timeout"""
@@ -11842,7 +11785,7 @@ class TestReadme:
                     events += peer.connect()[1:]
                 assert events[1]["data"]["user"] == "bot" and "Hello" in events[1]["data"]["chat"]
                 peer.send_connect()
-                wait_for_hold(server, peer)
+                until_held(server, peer.id)
                 entered.set()
                 assert peer.read_answer().batch[0]["successful"]
 
