@@ -1851,6 +1851,7 @@ class Bayeux:
         self._deliver_published(turn)
         if turn.refusals:
             self._log_refusals(turn, len(messages))
+            turn.refusals.clear()           # an error leads, by its traceback, back to the turn and to its events
         self.wake()
         if texts:                           # none: its connect is held, and answered by who delivers
             self._answer(turn, texts)

@@ -1553,6 +1553,23 @@ class TestBudgetsAndTurns:
 
     # -- Memory budgets ----------------------------------------------------------------------
 
+    def test_events_published_beside_a_refused_message_are_freed_at_once(self, core):
+        """An error that keeps the request's events waits for the garbage collector, and they are counted till then."""
+        client_id = core.handshake()
+        gc.disable()
+        try:
+            core.ask({"channel": "/a", "clientId": client_id, "data": 1}, {"channel": "/a", "data": "refused"},
+                     {"channel": "/b", "clientId": client_id, "data": 2})
+            assert core.core.memory.used == 0 or not IS_FREED_AT_ONCE
+            held = core.handshake(ext={"ack": True})
+            core.subscribe(held, "/a")
+            core.core.publish("/a", 1)
+            core.ask(core.connect_message(held, ext={"ack": 1}), {"channel": "/a", "data": "refused"})
+            core.ask({"channel": "/meta/disconnect", "clientId": held})
+            assert core.core.memory.used == 0 or not IS_FREED_AT_ONCE
+        finally:
+            gc.enable()
+
     @pytest.mark.parametrize("ack", [False, True])
     def test_an_answer_is_bounded_and_the_rest_comes_next(self, medium, monkeypatch, ack):
         monkeypatch.setattr(bayeux_server, "MAX_ANSWER", 2000)
