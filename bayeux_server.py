@@ -1435,7 +1435,7 @@ class Session:
         self.queue: Parcel | Backlog | tuple[()] = ()       # a Parcel is shared with others
         self.is_urgent = False              # the queue is to be delivered now: not all in it is lazy
         self.lazy_deadline = math.inf       # when it is to be delivered, at the latest
-        self.in_flight = False
+        self.in_flight: Exchange | None = None      # on which events are on their way; the next wait for their fate
         self.acknowledgement: Acknowledgement | None = None
         self.stream: Stream | None = None
         self.hold: Hold | None = None
@@ -2184,7 +2184,9 @@ class Bayeux:
                 self._schedule(session)
             elif session.acknowledgement:
                 session.acknowledgement.number += 1
-                turn.events = self._take_events(session)
+                turn.events = self._take_events(session, turn.exchange)
+            elif session.lazy_deadline < math.inf:
+                self._schedule(session)     # its lazy events have a way now, if it came by a stream
             number = session.acknowledgement.number if session.acknowledgement else None
             self.make_ready(session)
         turn.connecting = session
@@ -2588,8 +2590,9 @@ class Bayeux:
         self._departed[session.id] = reason
         if len(self._departed) > REMEMBERED_SESSIONS:
             self._departed.popitem(last=False)
-        # What was published just before the server stops leaves with the last that the session gets.
-        may_leave = reason == ENDED_SHUTDOWN and (session.uses_stream or not session.in_flight)
+        # Events published just before the server stops leave with the last answer of the session, unless earlier
+        # ones are in flight elsewhere: these would arrive after them.
+        may_leave = reason == ENDED_SHUTDOWN and session.in_flight in (None, session.stream)
         last_events = session.queue if may_leave else ()
         session.queue = ()
         if session.acknowledgement:
@@ -2723,14 +2726,14 @@ class Bayeux:
             # uses_stream, can_take_events and _take_events, written out: most of all deliveries pass here.
             first.is_ready = False
             stream, events = first.stream, first.queue
-            if not events or first.in_flight:
+            if not events or first.in_flight or not first.is_urgent:    # not urgent: a connect has taken those that were
                 continue
             if stream is not None and first.acknowledgement is None:
                 is_shared = broadcast is not None and events is broadcast.events
                 if not is_shared and len(events) > 1 and (len(events) > max_frame_events or events.size > MAX_ANSWER):
-                    events = self._take_events(first, max_frame_events)
+                    events = self._take_events(first, stream, max_frame_events)
                 else:
-                    first.queue, first.is_urgent, first.lazy_deadline, first.in_flight = (), False, math.inf, True
+                    first.queue, first.is_urgent, first.lazy_deadline, first.in_flight = (), False, math.inf, stream
                 if not is_shared or type(stream) is not type(broadcast.exchange):
                     broadcast = Broadcast(stream, events)
                     answers.append(broadcast)
@@ -2743,11 +2746,12 @@ class Bayeux:
     def _take_answer(self, session: Session) -> Answer:
         limit = self.options.max_frame_events if session.stream is not None else math.inf
         answer = self._take_hold(session.hold)
-        answer.events = self._take_events(session, limit)
+        answer.events = self._take_events(session, answer.exchange, limit)
         return answer
 
-    def _take_events(self, session: Session, limit: float = math.inf) -> Sequence[Event]:
-        """The session's next events, as many as one answer carries; none while others of it are in flight."""
+    def _take_events(self, session: Session, exchange: Exchange, limit: float = math.inf) -> Sequence[Event]:
+        """The next events of the session for the exchange, as many as one answer carries; none while others are in flight.
+        """
         if session.in_flight:
             return ()
         events, session.queue = session.queue, ()
@@ -2760,7 +2764,7 @@ class Bayeux:
             for event in events:
                 session.acknowledgement.take_out(event)
         else:
-            session.in_flight = bool(events)
+            session.in_flight = exchange if events else None
         return events
 
     def settle(self, answer: Answer, is_written: bool) -> None:
@@ -2779,7 +2783,7 @@ class Bayeux:
         assert self.lock.locked()
         for session in sessions:
             if events and not session.acknowledgement:
-                session.in_flight = False
+                session.in_flight = None
                 if not is_written and not session.ended:
                     session.queue = Backlog([*events, *session.queue], self.memory)
                     session.is_urgent = True
@@ -2860,7 +2864,7 @@ class Bayeux:
             self._send_postponed()
         if session is not None and not session.acknowledgement and not session.uses_stream:
             with self.lock:
-                answer.events = self._take_events(session)
+                answer.events = self._take_events(session, turn.exchange)
         for _, is_written in self.send([answer]):
             if session is not None:
                 self.settle_later(answer, is_written)
@@ -2933,8 +2937,12 @@ class Bayeux:
             elif session.queue and session.can_take_events:
                 session.is_urgent = True    # lazy events have waited long enough, or leave with the reply that is due
                 self.make_ready(session)    # and settling it will schedule the session again
-                if session.uses_stream and session.hold is not None and session.hold.deadline <= now:
-                    self._release(session.hold)     # events do not answer it here, however many there are
+                if session.uses_stream and session.hold is not None:    # events do not answer it here
+                    if session.hold.deadline <= now:
+                        self._release(session.hold)
+                    else:                   # its time may end before the frame is settled
+                        session.lazy_deadline = math.inf
+                        self._schedule(session)
             elif session.hold is not None:
                 self._release(session.hold)
                 self._schedule(session)
