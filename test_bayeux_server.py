@@ -19,6 +19,7 @@ import concurrent.futures
 import dataclasses
 import email.utils
 import errno
+import faulthandler
 import gc
 import hashlib
 import http.client
@@ -54,6 +55,7 @@ from bayeux_server import BayeuxError, BayeuxServer, LocalClient, OptionError
 
 HERE = pathlib.Path(__file__).resolve().parent
 PATIENCE = 20       # seconds until a test gives up waiting; nothing asserts that anything is faster
+pytestmark = pytest.mark.filterwarnings("error")        # those of what is left open, and of threads that die, too
 
 
 # ======================================================================================
@@ -314,8 +316,30 @@ class Errors(logging.Handler):
         return taken
 
 
+def open_descriptors():
+    """The files and sockets that this process has open, where the system lists them."""
+    try:
+        return set(os.listdir("/proc/self/fd"))
+    except OSError:
+        return set()
+
+
 @pytest.fixture(autouse=True)
-def errors():
+def nothing_is_left():
+    """A test ends by itself, and leaves no thread and nothing open.
+
+    A test that hangs is ended with the whole run, and shows where each thread stands.
+    """
+    faulthandler.dump_traceback_later(10 * PATIENCE, exit=True)
+    threads, descriptors = set(threading.enumerate()), open_descriptors()
+    yield
+    wait_until(lambda: set(threading.enumerate()) <= threads, "the end of the test's threads")
+    wait_until(lambda: len(open_descriptors()) <= len(descriptors) or gc.collect() < 0, "the end of what it had open")
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(autouse=True)
+def errors(nothing_is_left):
     handler = Errors()
     logging.getLogger("bayeux_server").addHandler(handler)
     yield handler
