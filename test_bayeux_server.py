@@ -365,7 +365,7 @@ def wait_until(condition, what="the condition"):
     limit = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < limit, f"{what} did not come true"
-        time.sleep(0.005)
+        time.sleep(0.001)
 
 
 def any_function(*arguments):
@@ -904,8 +904,8 @@ def has_unsent_output(server):
 def make_buffers_small(server, wire):
     """Have the kernel take little of what is sent to the wire, so that the rest waits in the server."""
     wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
-    for connection in list(server.watch.connections):
-        connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    ours, = [each for each in list(server.watch.connections) if each.socket.getpeername() == wire.socket.getsockname()]
+    ours.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 
 
 def events_of(batch):
@@ -1477,7 +1477,7 @@ class TestBudgetsAndTurns:
 
     @pytest.mark.parametrize("is_busy", [True, False])
     def test_between_two_turns_the_leader_goes_round(self, monkeypatch, is_busy):
-        monkeypatch.setattr(bayeux_server, "TURN", PATIENCE)
+        monkeypatch.setattr(bayeux_server, "TURN", PATIENCE if is_busy else 0.01)
         turns, order = bayeux_server.Turns(), []
         turns.is_leader_busy = is_busy
 
@@ -12214,8 +12214,8 @@ class TestCommandLine:
         """A pipe holds 64 KiB; the log is more."""
         with Program() as program:
             with Wire(program) as wire:
-                for _ in range(1500):
-                    assert not wire.post({"channel": "/meta/unknown/" + "x" * 50})[0]["successful"]
+                for _ in range(500):
+                    assert not wire.post({"channel": "/meta/unknown/" + "x" * 200})[0]["successful"]
             program.process.send_signal(signal.SIGTERM)
             with program.process as process:
                 assert process.wait(PATIENCE) == 0
