@@ -58,6 +58,22 @@ PATIENCE = 20       # seconds until a test gives up waiting; nothing asserts tha
 pytestmark = pytest.mark.filterwarnings("error")        # those of what is left open, and of threads that die, too
 
 
+def readable(value):
+    """The id of a case: its value as text, cut where it gets long."""
+    if isinstance(value, str):
+        text = value
+    elif callable(value):
+        text = getattr(value, "__name__", "function").strip("<>")
+    else:
+        text = repr(value)
+    return text if len(text) <= 48 else text[:32] + "..." + text[-12:]
+
+
+def for_each(names, cases, **options):
+    """Run the test for each of the cases; a case of several arguments is a tuple."""
+    return pytest.mark.parametrize(names, cases, **{"ids": readable, **options})
+
+
 # ======================================================================================
 # Peers: how the tests speak to the core and to a server
 # ======================================================================================
@@ -1121,26 +1137,26 @@ class TestChannels:
             assert bayeux_server.is_channel_name(name) == (character in allowed), name
             assert bayeux_server.is_channel_pattern(name) == (character in allowed), name
 
-    @pytest.mark.parametrize("name", ["", "/", "a", "a/b", "//", "//a", "/a/", "/a//b", "/a\n", "\n/a", " /a", "/a ",
-                                      "/a.b", "/a+b", "/a%20b", "/a b", "/\u00e4", "/a?", "/a#b", "/../a"])
+    @for_each("name", ["", "/", "a", "a/b", "//", "//a", "/a/", "/a//b", "/a\n", "\n/a", " /a", "/a ",
+                       "/a.b", "/a+b", "/a%20b", "/a b", "/\u00e4", "/a?", "/a#b", "/../a"])
     def test_a_malformed_name_is_no_channel(self, name):
         """N1: no empty segment, no trailing slash, no other characters."""
         assert not bayeux_server.is_channel_name(name)
         assert not bayeux_server.is_channel_pattern(name)
 
-    @pytest.mark.parametrize("pattern", ["/*", "/**", "/chat/*", "/chat/**", "/a/b/c/**"])
+    @for_each("pattern", ["/*", "/**", "/chat/*", "/chat/**", "/a/b/c/**"])
     def test_a_wildcard_may_be_the_last_segment(self, pattern):
         """N2: and then it is a pattern, but no name."""
         assert bayeux_server.is_channel_pattern(pattern)
         assert not bayeux_server.is_channel_name(pattern)
 
-    @pytest.mark.parametrize("pattern", ["*", "**", "/*/demo", "/**/demo", "/*/*", "/**/**", "/a*", "/*a", "/a/b*",
-                                         "/***", "/a/***", "/a/*/", "/a**", "/a/*b/c"])
+    @for_each("pattern", ["*", "**", "/*/demo", "/**/demo", "/*/*", "/**/**", "/a*", "/*a", "/a/b*",
+                          "/***", "/a/***", "/a/*/", "/a**", "/a/*b/c"])
     def test_a_wildcard_anywhere_else_is_no_pattern(self, pattern):
         """N2"""
         assert not bayeux_server.is_channel_pattern(pattern)
 
-    @pytest.mark.parametrize(("pattern", "matching", "others"), [
+    @for_each(("pattern", "matching", "others"), [
         ("/chat/*", ["/chat/demo"], ["/chat", "/chat/demo/sub", "/chatter/demo"]),
         ("/chat/**", ["/chat/demo", "/chat/demo/sub"], ["/chat", "/chatter/demo"]),
         ("/*", ["/chat"], ["/chat/demo"]),
@@ -1243,7 +1259,7 @@ class TestBudgetsAndTurns:
 
     # -- Addresses counted -------------------------------------------------------------------
 
-    @pytest.mark.parametrize("written, address", [
+    @for_each("written, address", [
         ("192.0.2.1", "192.0.2.1"), ("192.0.2.1:8080", "192.0.2.1"), ("192.0.2.1:", "192.0.2.1"),
         ("::ffff:192.0.2.1", "192.0.2.1"), ("::FFFF:c000:201", "192.0.2.1"), ("[::ffff:192.0.2.1]:80", "192.0.2.1"),
         ("2001:DB8:0::1", "2001:db8::1"), ("[2001:db8::1]", "2001:db8::1"), ("[2001:db8::1]:443", "2001:db8::1"),
@@ -1253,14 +1269,14 @@ class TestBudgetsAndTurns:
     def test_an_address_is_written_in_one_way(self, written, address):
         assert bayeux_server.plain_address(written) == address
 
-    @pytest.mark.parametrize("address, group", [
+    @for_each("address, group", [
         ("192.0.2.1", "192.0.2.1"), ("2001:db8:0:1:a::1", "2001:db8:0:1::/64"),
         ("2001:db8:0:1:ffff::", "2001:db8:0:1::/64"),
         ("2001:db8:0:2::1", "2001:db8:0:2::/64"), ("unknown", "unknown"), ("10.1.2.3", ""), ("fd00::1", "")])
     def test_ipv6_is_counted_by_its_network_and_a_trusted_proxy_not_at_all(self, address, group):
         assert bayeux_server.Addresses(["10.0.0.0/8", "fd00::/8"]).group(address) == group
 
-    @pytest.mark.parametrize("forwarded, address", [
+    @for_each("forwarded, address", [
         ("9.9.9.9:1234", "9.9.9.9"), ("9.9.9.9, [fd00::7]:80, 10.0.0.1:4000", "9.9.9.9"),
         ("9.9.9.9, ::ffff:10.0.0.1", "9.9.9.9"), ("::ffff:9.9.9.9", "9.9.9.9"), ("[2001:db8::1]:443", "2001:db8::1"),
         ("9.9.9.9, garbage", "unknown"), ("9.9.9.9, garbage, 10.0.0.1", "unknown"), ("x" * 5000, "unknown"),
@@ -1320,7 +1336,7 @@ class TestBudgetsAndTurns:
 
     # -- Budgets and turns -------------------------------------------------------------------
 
-    @pytest.mark.parametrize(("address", "group"), [
+    @for_each(("address", "group"), [
         ("10.0.0.1", "10.0.0.1"), ("2001:db8:1:2:3::4", "2001:db8:1:2::/64"), ("fe80::1%eth0", "fe80::/64"),
         ("no:address", "no:address"), ("", "")])
     def test_addresses_are_counted_by_what_one_machine_may_have(self, address, group):
@@ -1435,7 +1451,7 @@ class TestBudgetsAndTurns:
         at_once(*[compute] * 6)
         assert set(together) == {1} and len(together) == 300
 
-    @pytest.mark.parametrize("fails", [False, True])
+    @for_each("fails", [False, True])
     def test_a_turn_is_given_up_around_code_that_may_take_its_time(self, fails):
         turns, order = bayeux_server.Turns(), []
 
@@ -1475,7 +1491,7 @@ class TestBudgetsAndTurns:
             assert order == ["other"]
         thread.join(PATIENCE)
 
-    @pytest.mark.parametrize("is_busy", [True, False])
+    @for_each("is_busy", [True, False])
     def test_between_two_turns_the_leader_goes_round(self, monkeypatch, is_busy):
         monkeypatch.setattr(bayeux_server, "TURN", PATIENCE if is_busy else 0.01)
         turns, order = bayeux_server.Turns(), []
@@ -1498,8 +1514,8 @@ class TestBudgetsAndTurns:
 
     # -- Large batches -----------------------------------------------------------------------
 
-    @pytest.mark.parametrize("way", ["JSON", "form", "JSONP", "websocket"])
-    @pytest.mark.parametrize("count", [1000, 1001])
+    @for_each("way", ["JSON", "form", "JSONP", "websocket"])
+    @for_each("count", [1000, 1001])
     def test_a_batch_has_its_limit_and_one_log_line(self, server, caplog, way, count):
         """T11: beyond it the whole is refused, before any is handled."""
         received = []
@@ -1525,8 +1541,8 @@ class TestBudgetsAndTurns:
     # -- Long requests -----------------------------------------------------------------------
     # Who sends one holds up itself, and nobody else.
 
-    @pytest.mark.parametrize("transport", ["long-polling", "websocket"])
-    @pytest.mark.parametrize("place", ["decode_json", "message_acl", "service", "batch"])
+    @for_each("transport", ["long-polling", "websocket"])
+    @for_each("place", ["decode_json", "message_acl", "service", "batch"])
     def test_others_are_answered_meanwhile_and_its_own_replies_keep_their_order(
             self, serve, monkeypatch, transport, place):
         begun, may_end = threading.Event(), threading.Event()
@@ -1596,7 +1612,7 @@ class TestBudgetsAndTurns:
         finally:
             gc.enable()
 
-    @pytest.mark.parametrize("ack", [False, True])
+    @for_each("ack", [False, True])
     def test_an_answer_is_bounded_and_the_rest_comes_next(self, medium, monkeypatch, ack):
         monkeypatch.setattr(bayeux_server, "MAX_ANSWER", 2000)
         begin = medium()
@@ -1617,7 +1633,7 @@ class TestBudgetsAndTurns:
                 received += batch.data
         assert received == data
 
-    @pytest.mark.parametrize("ack", [False, True])
+    @for_each("ack", [False, True])
     def test_a_session_that_fetches_nothing_has_its_budget(self, ack):
         peer = CorePeer(max_memory=1 << 21)     # of which a session has 32 KiB
         client_id = peer.handshake(ext={"ack": True}) if ack else peer.handshake()
@@ -1670,8 +1686,8 @@ class TestBudgetsAndTurns:
             peer.ask({"channel": "/meta/disconnect", "clientId": client_id})
         assert keeps_nothing(peer.core)
 
-    @pytest.mark.parametrize("kind", ["length", "chunked"])
-    @pytest.mark.parametrize(("options", "is_limited"), [
+    @for_each("kind", ["length", "chunked"])
+    @for_each(("options", "is_limited"), [
         ({"client_max_connections": 10}, True), ({"client_max_connections": 0}, False),
         ({"client_max_connections": 10, "trusted_proxies": ["127.0.0.1"]}, False)])
     def test_an_address_has_its_share_of_unfinished_requests(self, serve, caplog, kind, options, is_limited):
@@ -1755,8 +1771,8 @@ class TestBudgetsAndTurns:
             again.ask("/meta/disconnect")
         wait_until(lambda: keeps_nothing(server), "the end of all that was counted")
 
-    @pytest.mark.parametrize("transport", ["long-polling", "websocket", "eventsource"])
-    @pytest.mark.parametrize("is_broken", [False, True])
+    @for_each("transport", ["long-polling", "websocket", "eventsource"])
+    @for_each("is_broken", [False, True])
     def test_nothing_is_counted_in_the_end(self, serve, transport, is_broken):
         server = serve()
         with Peer(server) as peer:
@@ -1853,7 +1869,7 @@ REFUSALS = {
 
 class TestMessages:
 
-    @pytest.mark.parametrize("name", REFUSALS)
+    @for_each("name", REFUSALS)
     def test_every_refusal_has_code_args_and_text(self, name, caplog):
         """G1, G2: and repeats channel, id and subscription, and leaves one line in the log."""
         options, message, code = REFUSALS[name]
@@ -1874,15 +1890,15 @@ class TestMessages:
         line, = caplog.messages
         assert reply["error"] in line and "\n" not in line
 
-    @pytest.mark.parametrize("text", ["", "a:b:c", "\u00e4\u2028\n\0\"'<>&,;:", "x" * 5000, "\ud800"])
-    @pytest.mark.parametrize("argument", ["", "a:b", "\u00e4\u2028\n\0\"'<>&,;:", "/" * 5000, "\ud800"])
+    @for_each("text", ["", "a:b:c", "\u00e4\u2028\n\0\"'<>&,;:", "x" * 5000, "\ud800"])
+    @for_each("argument", ["", "a:b", "\u00e4\u2028\n\0\"'<>&,;:", "/" * 5000, "\ud800"])
     def test_an_error_holds_no_other_characters_whatever_it_is_about(self, argument, text):
         """G2"""
         error = str(bayeux_server.BayeuxError(400, argument, text or "text"))
         assert ERROR_GRAMMAR.fullmatch(error)
         assert len(error) < 400
 
-    @pytest.mark.parametrize(("text", "expected"), [
+    @for_each(("text", "expected"), [
         ("Not you", "403:/a:Not you"), ("401:bob:Who are you", "401:bob:Who are you"), ("401::Who", "401::Who"),
         ("404: x", "403:/a:404_ x"), ("Note: well", "403:/a:Note_ well"), ("429:a:b:c", "429:a:b_c"),
         ("007:a:b", "403:/a:007_a_b"), ("4030:a:b", "403:/a:4030_a_b"), ("\u0664\u0660\u0663:a:b", "403:/a:____a_b"),
@@ -1891,7 +1907,7 @@ class TestMessages:
         """G2: what does not begin as code:args:text is all text."""
         assert str(bayeux_server.BayeuxError.from_text(403, "/a", text)) == expected
 
-    @pytest.mark.parametrize("body", [
+    @for_each("body", [
         b"", b" ", b"hello", b"{", b"[", b"[{]", b"[1,]", b"{'a':1}", b"[1] [2]", b"\xef\xbb\xbf[]", b"nul",
         b"\xff\xfe",
         b'"\xff"', b'"\xc0\x80"', b'"\xed\xa0\x80"', b'"a\nb"', b'"\\x41"', b"01", b"+1", b".5", b"0x10",
@@ -1908,7 +1924,7 @@ class TestMessages:
         assert raised.value.code == 400
         assert ERROR_GRAMMAR.fullmatch(str(raised.value))
 
-    @pytest.mark.parametrize("value", [
+    @for_each("value", [
         None, True, 0, -0.5, 1e308, 10**200, "", "\u00e4\u2028\U0001f600\0", "[[[[" * 200, '"[{\\' * 200, [], {},
         [[[[[{"a": [{}]}]]]]], [[]] * 500, [{"a": "]"}] * 500, {"": {"": ""}}, "\\ud800", "\\\\uDC00 \\"])
     def test_every_other_json_value_comes_through(self, value):
@@ -1931,7 +1947,7 @@ class TestMessages:
         with pytest.raises(BayeuxError, match=f"400::Not JSON - more than {limit} arrays and objects"):
             bayeux_server.decode_json("[" + ",".join(["{}"] * limit) + "]")
 
-    @pytest.mark.parametrize("make_text", [
+    @for_each("make_text", [
         lambda n: '"' + '\\"' * n + "[" * 101, lambda n: '"' * n + "[" * 101, lambda n: "[" * 101 + '"\\' * n,
         lambda n: '{"a' * n, lambda n: "[" * 101 + "\\" * n, lambda n: "[" * 101 + "1" * n])
     def test_hostile_text_costs_no_more_than_its_length(self, make_text):
@@ -1982,8 +1998,8 @@ class TestMessages:
         assert [reply["successful"] for reply in replies] == [True, True, False, True]
         assert [event["data"] for event in core.events(first)] == [2]
 
-    @pytest.mark.parametrize("id", ["", "0", "1", "x\u00e4\u2028", 0, -1, 1.5, 10**200, "x" * 5000])
-    @pytest.mark.parametrize("message", [
+    @for_each("id", ["", "0", "1", "x\u00e4\u2028", 0, -1, 1.5, 10**200, "x" * 5000])
+    @for_each("message", [
         {"channel": "/meta/connect", "connectionType": "long-polling"}, {"channel": "/a", "data": 1}, {"channel": "/a"},
         {"channel": "/meta/subscribe", "subscription": "/a"}, {"channel": "/meta/disconnect"},
         {"channel": "/meta/nope"},
@@ -2002,12 +2018,12 @@ class TestMessages:
             for fields in ({}, {"id": None}):
                 assert "id" not in core.ask({**message, **fields, "clientId": client_id})[0]
 
-    @pytest.mark.parametrize("field", ["channel", "clientId", "id", "connectionType", "subscription", "version",
-                                       "minimumVersion", "supportedConnectionTypes", "ext", "advice", "data",
-                                       "timestamp",
-                                       "successful", "error", "interval"])
-    @pytest.mark.parametrize("channel", ["/meta/handshake", "/meta/connect", "/meta/subscribe", "/meta/unsubscribe",
-                                         "/meta/disconnect", "/meta/ping", "/a", "/service/echo"])
+    @for_each("field", ["channel", "clientId", "id", "connectionType", "subscription", "version",
+                        "minimumVersion", "supportedConnectionTypes", "ext", "advice", "data",
+                        "timestamp",
+                        "successful", "error", "interval"])
+    @for_each("channel", ["/meta/handshake", "/meta/connect", "/meta/subscribe", "/meta/unsubscribe",
+                          "/meta/disconnect", "/meta/ping", "/a", "/service/echo"])
     def test_a_wrong_type_in_any_field_gets_a_clear_answer(self, channel, field):
         """G1, G2, G3: one well-formed reply, no failure of ours, and other sessions notice nothing."""
         core = CorePeer(services={"echo": lambda message: {"data": message.get("data")}})
@@ -2026,7 +2042,7 @@ class TestMessages:
         core.core.publish("/other", "still there")
         assert [event["data"] for event in core.events(other)] == ["still there"]
 
-    @pytest.mark.parametrize("ext", [*NOT_JSON_OBJECTS, {"unheard of": [1, {}]}])
+    @for_each("ext", [*NOT_JSON_OBJECTS, {"unheard of": [1, {}]}])
     def test_an_ext_of_any_type_harms_nothing(self, core, ext):
         """G3: one that is no object is ignored (it killed the original)."""
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0", "ext": ext})
@@ -2046,9 +2062,9 @@ class TestMessages:
         core.publish(client_id, "/a", unheard=1, advice={"reconnect": "none"}, successful=False, error="402::x")
         assert core.events(client_id) == [{"channel": "/a", "data": "data"}]
 
-    @pytest.mark.parametrize("data", [None, False, True, 0, -0.0, 1.5, "", "\u00e4\u2028\U0001f600\0</script>*/", [],
-                                      {},
-                                      [None, [False]], {"clientId": "x", "id": 1, "channel": "/meta/connect"}])
+    @for_each("data", [None, False, True, 0, -0.0, 1.5, "", "\u00e4\u2028\U0001f600\0</script>*/", [],
+                       {},
+                       [None, [False]], {"clientId": "x", "id": 1, "channel": "/meta/connect"}])
     def test_an_event_carries_every_json_value(self, core, data):
         """G4"""
         client_id = core.handshake()
@@ -2086,7 +2102,7 @@ class TestMessages:
         core.core.publish("/a", "data")
         assert core.core.sessions[first].queue[0] is core.core.sessions[second].queue[0]
 
-    @pytest.mark.parametrize("id", [None, "", "0", "7f", "a b", 'a"b', "a\\b", "\n", "\u00e9", "\u2028", "\u0663", 0, 1.5, -3])
+    @for_each("id", [None, "", "0", "7f", "a b", 'a"b', "a\\b", "\n", "\u00e9", "\u2028", "\u0663", 0, 1.5, -3])
     def test_a_plain_reply_is_what_the_encoder_would_write(self, core, id):
         """Issue 5: made without it, as most replies are plain."""
         message = {"channel": "/a/-_!~()$@", "id": id}
@@ -2201,14 +2217,14 @@ RIGHT_VALUES = [
 class TestOptions:
     """§14: options are checked when the server is made; an error names the option, the value and what is allowed."""
 
-    @pytest.mark.parametrize(("option", "value", "allowed"), WRONG_VALUES)
+    @for_each(("option", "value", "allowed"), WRONG_VALUES)
     def test_a_wrong_value_is_refused_by_name(self, option, value, allowed):
         with pytest.raises(OptionError) as refusal:
             BayeuxServer(**{"port": 0, option: value})
         text = str(refusal.value)
         assert text.startswith(option + " is " + repr(value)) and allowed in text
 
-    @pytest.mark.parametrize(("option", "value"), RIGHT_VALUES)
+    @for_each(("option", "value"), RIGHT_VALUES)
     def test_a_right_value_is_taken(self, option, value):
         assert getattr(bayeux_server.Options(**{option: value}), option) == value
 
@@ -2218,8 +2234,8 @@ class TestOptions:
     def test_defaults_are_accepted(self):
         assert bayeux_server.Options().port == 8080
 
-    @pytest.mark.parametrize(("wrong", "meant"), [("time_out", "timeout"), ("Port", "port"), ("doc_root", "docroot"),
-                                                  ("max_session", "max_sessions")])
+    @for_each(("wrong", "meant"), [("time_out", "timeout"), ("Port", "port"), ("doc_root", "docroot"),
+                                   ("max_session", "max_sessions")])
     def test_an_unknown_option_is_refused_with_a_suggestion(self, wrong, meant):
         with pytest.raises(OptionError, match=f"{wrong} is no option; did you mean {meant}"):
             BayeuxServer(**{wrong: 1})
@@ -2238,7 +2254,7 @@ class TestOptions:
         with pytest.raises(OptionError, match=r"interval is 10: .*less than connect_timeout, 10"):
             bayeux_server.Options(interval=10, connect_timeout=10)
 
-    @pytest.mark.parametrize("half", ["tls_cert", "tls_key"])
+    @for_each("half", ["tls_cert", "tls_key"])
     def test_half_a_certificate_is_refused(self, half):
         with pytest.raises(OptionError, match=f"{half} is 'x.pem'.*give both, or none"):
             bayeux_server.Options(**{half: "x.pem"})
@@ -2254,7 +2270,7 @@ class TestOptions:
             bayeux_server.Options(tls_cert="x.pem", tls_key="x.pem",
                                   tls_context=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
 
-    @pytest.mark.parametrize("prefix", ["/cometd", "status"])
+    @for_each("prefix", ["/cometd", "status"])
     def test_a_content_handler_must_have_a_path_of_its_own(self, prefix):
         with pytest.raises(OptionError, match=f"content_handlers has '{prefix}': it must be a path"):
             bayeux_server.Options(content_handlers={prefix: any_function})
@@ -2413,9 +2429,9 @@ class TestSessions:
         core.pass_time(101)
         assert not core.core.sessions
 
-    @pytest.mark.parametrize("message", [{"channel": "/a", "data": 1}, {"channel": "/a"}, {"channel": "/meta/ping"},
-                                         {"channel": "/meta/subscribe", "subscription": "/a"},
-                                         {"channel": "/service/none"}])
+    @for_each("message", [{"channel": "/a", "data": 1}, {"channel": "/a"}, {"channel": "/meta/ping"},
+                          {"channel": "/meta/subscribe", "subscription": "/a"},
+                          {"channel": "/service/none"}])
     def test_any_admitted_message_renews_the_lease(self, message):
         """C5: whatever its handler makes of it."""
         core = CorePeer(connect_timeout=100)
@@ -2428,7 +2444,7 @@ class TestSessions:
         core.pass_time(2)
         assert client_id not in core.core.sessions
 
-    @pytest.mark.parametrize("message", [
+    @for_each("message", [
         {"channel": "/denied", "data": 1}, {"channel": "/meta/nope"}, {"channel": 7}, {"channel": "/a*"},
         {"channel": "/allowed", "data": 1, "id": []}])
     def test_a_message_that_is_not_admitted_does_not_renew_it(self, message):
@@ -2641,7 +2657,7 @@ class TestSessions:
             core.core.disconnect(client_id, "test")
         assert core.core._sessions_of == {}
 
-    @pytest.mark.parametrize("options", [{"client_max_connections": 0}, {"trusted_proxies": ["10.0.0.0/8"]}])
+    @for_each("options", [{"client_max_connections": 0}, {"trusted_proxies": ["10.0.0.0/8"]}])
     def test_half_of_max_sessions_is_no_limit_where_addresses_have_none(self, options):
         core = CorePeer(**{"client_max_connections": 10, "max_sessions": 4, **options})
         for _ in range(4):
@@ -2682,7 +2698,7 @@ class TestSessions:
         slow.settle(False)
         assert [event["data"] for event in core.events(client_id)] == [1, 2, 3]
 
-    @pytest.mark.parametrize("is_written", [True, False])
+    @for_each("is_written", [True, False])
     def test_a_newer_connect_waits_for_the_events_in_flight(self, core, is_written):
         """C6, P2: it gets neither what may still arrive nor what came after that."""
         client_id = core.handshake()
@@ -2775,7 +2791,7 @@ class TestSessions:
         core.pass_time(200)
         assert client_id not in core.core.sessions
 
-    @pytest.mark.parametrize("is_written", [True, False])
+    @for_each("is_written", [True, False])
     def test_a_session_that_ends_with_events_in_flight_stays_ended(self, core, is_written):
         """X1"""
         client_id = core.handshake()
@@ -2951,7 +2967,7 @@ class TestSessions:
         core.work()
         assert [stream.data for stream in streams] == [[[1], [2]]] * 2
 
-    @pytest.mark.parametrize("ending", ["closing", "lost"])
+    @for_each("ending", ["closing", "lost"])
     def test_what_one_socket_loses_waits_for_its_client(self, server, ending):
         """C6: its connection is closing, or gone, when the frame is written; the others get theirs."""
         peers = [SocketPeer(server) for _ in range(3)]
@@ -2995,7 +3011,7 @@ class TestSessions:
     def gate(self):
         return bayeux_server.ApplicationCode(logging.getLogger("bayeux_server"), bayeux_server.Turns())
 
-    @pytest.mark.parametrize("fault", [*FAULTS, ValueError])
+    @for_each("fault", [*FAULTS, ValueError])
     def test_whatever_is_raised_is_logged_once(self, gate, fault, errors):
         def fail(value):
             raise fault(value)
@@ -3025,8 +3041,8 @@ class TestSessions:
         with pytest.raises(KeyboardInterrupt):
             gate.run("the code", interrupt)
 
-    @pytest.mark.parametrize("place", ["service", "generator", "message_acl", "incoming", "outgoing", "listener",
-                                       "callback", "on_end", "handler", "read", "second read", "close", "post_handle"])
+    @for_each("place", ["service", "generator", "message_acl", "incoming", "outgoing", "listener",
+                        "callback", "on_end", "handler", "read", "second read", "close", "post_handle"])
     def test_no_fault_costs_more_than_its_own_answer(self, serve, errors, place):
         """With each kind of fault, many times more often than there are threads: one line each, and all goes on."""
         kinds, has_turn = itertools.cycle(FAULTS), []
@@ -3090,7 +3106,7 @@ class TestSessions:
         with bystander(server):
             pass
 
-    @pytest.mark.parametrize("parts", [(b"12", b"34"), (b"12", b""), (b"", b""), (b"12345",), ("text",)])
+    @for_each("parts", [(b"12", b"34"), (b"12", b""), (b"", b""), (b"12345",), ("text",)])
     def test_a_body_is_closed_once_however_it_ends(self, serve, errors, parts):
         body = Body(*parts)
         server = serve(content_handlers={"/a": lambda request: bayeux_server.Response(body, length=4)})
@@ -3111,7 +3127,7 @@ class TestSessions:
             assert wire.request("GET", "/a").status == 500
         assert len(errors.take()) == 1
 
-    @pytest.mark.parametrize("place", ["handler", "read", "second read", "close", "file"])
+    @for_each("place", ["handler", "read", "second read", "close", "file"])
     def test_a_slow_answer_holds_up_only_itself(self, serve, site, place, monkeypatch):
         """Not even other requests that need a handler thread and its turn."""
         begun, may_end = threading.Event(), threading.Event()
@@ -3159,7 +3175,7 @@ class TestSessions:
         may_end.set()
         wait_until(lambda: body.closed and not server.watch.connections, "the end of the connection")
 
-    @pytest.mark.parametrize("transport", ["long-polling", "websocket"])
+    @for_each("transport", ["long-polling", "websocket"])
     def test_messages_of_a_client_that_has_gone_are_not_handled_on(self, serve, transport, monkeypatch):
         """The server looks once a turn."""
         monkeypatch.setattr(bayeux_server, "TURN", 0)
@@ -3188,7 +3204,7 @@ class TestSessions:
 
     # -- Slow neighbours ---------------------------------------------------------------------
 
-    @pytest.mark.parametrize("place", ["services", "message_acl", "extensions"])
+    @for_each("place", ["services", "message_acl", "extensions"])
     def test_what_was_published_does_not_wait_for_the_application(self, place):
         """P2: an event is on its way before the code behind the next message of its batch runs."""
         received, seen = [], []
@@ -3298,15 +3314,15 @@ class TestProtocol:
         monkeypatch.setattr(bayeux_server.secrets, "token_hex", lambda size: "5" * size * 2)
         assert set(core.handshake(connect=False)) == {"5"}
 
-    @pytest.mark.parametrize("version", ["1.0", "1", "0.9", "1.0beta", "2.0", "10.20.30", "1.a-b_c"])
+    @for_each("version", ["1.0", "1", "0.9", "1.0beta", "2.0", "10.20.30", "1.a-b_c"])
     def test_any_version_is_spoken_to(self, core, version):
         """H1: it is minimumVersion that may be too much."""
         assert core.handshake(version=version)
 
-    @pytest.mark.parametrize("version", [None, 1.0, 1, True, "", "x", "1.", ".1", "1..0", "v1.0", "1.0 ", "1.0\n",
-                                         "1,0", "-1",
-                                         [], ["1.0"], {}, "9" * 5000])
-    @pytest.mark.parametrize("field", ["version", "minimumVersion"])
+    @for_each("version", [None, 1.0, 1, True, "", "x", "1.", ".1", "1..0", "v1.0", "1.0 ", "1.0\n",
+                          "1,0", "-1",
+                          [], ["1.0"], {}, "9" * 5000])
+    @for_each("field", ["version", "minimumVersion"])
     def test_what_is_no_version_is_refused(self, core, field, version):
         """H1: a missing minimumVersion is all right."""
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0", field: version})
@@ -3317,7 +3333,7 @@ class TestProtocol:
             assert reply["advice"]["reconnect"] == "none"
         assert len(core.core.sessions) == reply["successful"]
 
-    @pytest.mark.parametrize(("oldest", "is_spoken"), [
+    @for_each(("oldest", "is_spoken"), [
         ("0.9", True), ("1.0", True), ("1", True), ("1.0beta", True), ("0.9.9", True), ("0.10", True),
         ("1.1", False), ("1.0.1", False), ("2", False), ("2.0beta", False), ("10.0", False), ("1.10", False)])
     def test_versions_are_compared_element_by_element(self, core, oldest, is_spoken):
@@ -3327,7 +3343,7 @@ class TestProtocol:
         if not is_spoken:
             assert error_code(reply) == 409 and reply["advice"]["reconnect"] == "none" and "clientId" not in reply
 
-    @pytest.mark.parametrize("types", [["iframe"], [], ["LONG-POLLING"]])
+    @for_each("types", [["iframe"], [], ["LONG-POLLING"]])
     def test_no_connection_type_in_common_is_answered_with_ours(self, core, types):
         """H1, H3"""
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0", "supportedConnectionTypes": types})
@@ -3336,14 +3352,13 @@ class TestProtocol:
         assert reply["advice"]["reconnect"] == "none"
         assert not core.core.sessions
 
-    @pytest.mark.parametrize("types", [None, "long-polling", {"long-polling": 1}, ["long-polling", 5], [None], 5, True,
-                                       [[]]])
+    @for_each("types", [None, "long-polling", {"long-polling": 1}, ["long-polling", 5], [None], 5, True, [[]]])
     def test_connection_types_are_a_list_of_strings(self, core, types):
         """H1"""
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0", "supportedConnectionTypes": types})
         assert error_code(reply) == 400 and reply["advice"]["reconnect"] == "none" and "clientId" not in reply
 
-    @pytest.mark.parametrize("transport", ["long-polling", "callback-polling"])
+    @for_each("transport", ["long-polling", "callback-polling"])
     def test_without_connection_types_the_transport_speaks_for_itself(self, core, transport):
         """H1, H5: dojo's handshake over JSONP names none."""
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0"}, transport=transport)
@@ -3379,7 +3394,7 @@ class TestProtocol:
         core.work()
         assert [event["data"] for event in held.answer[1:]] == [1]
 
-    @pytest.mark.parametrize("client_id", [None, "", "unknown", 5, [], {}, True])
+    @for_each("client_id", [None, "", "unknown", 5, [], {}, True])
     def test_a_handshake_cares_for_no_client_id(self, core, client_id):
         """H4"""
         assert core.handshake(clientId=client_id)
@@ -3446,7 +3461,7 @@ class TestProtocol:
         core.work()
         assert [event["data"] for event in exchange.answer[1:]] == [1, 2]
 
-    @pytest.mark.parametrize(("advice", "seconds"), [
+    @for_each(("advice", "seconds"), [
         ({"timeout": 5000}, 5), ({"timeout": 0.5}, 0.0005), ({"timeout": 10**200}, 30), ({"timeout": 60_000}, 30),
         ({"timeout": -1}, 30), ({"timeout": "5000"}, 30), ({"timeout": True}, 30), ({"timeout": None}, 30),
         ({"timeout": [5]}, 30), ({}, 30), ([], 30), ("x", 30), (None, 30), (0, 30)])
@@ -3464,7 +3479,7 @@ class TestProtocol:
         for timeout in (0, 0.0, -0.0):
             assert core.ask(core.connect_message(client_id, advice={"timeout": timeout}))[0]["successful"]
 
-    @pytest.mark.parametrize("is_first", [True, False])
+    @for_each("is_first", [True, False])
     def test_a_connect_that_shares_its_request_is_not_held(self, core, is_first):
         """C2: aiocometd and Faye send it with a subscribe, and wait for both."""
         client_id = core.handshake()
@@ -3474,7 +3489,7 @@ class TestProtocol:
         assert [reply["id"] for reply in replies] == (["c", "s"] if is_first else ["s", "c"])
         assert all(reply["successful"] for reply in replies)
 
-    @pytest.mark.parametrize("other", [5, None, {}, {"channel": "/meta/nope"}, {"channel": "/meta/connect"}])
+    @for_each("other", [5, None, {}, {"channel": "/meta/nope"}, {"channel": "/meta/connect"}])
     def test_a_connect_beside_a_bad_message_is_not_held_either(self, core, other):
         """C2, G1"""
         client_id = core.handshake()
@@ -3543,7 +3558,7 @@ class TestProtocol:
         core.work()
         assert older.answer[1:] == [] and [event["data"] for event in newer.answer[1:]] == [1]
 
-    @pytest.mark.parametrize("fields", [{"advice": {"timeout": 0}}, {}])
+    @for_each("fields", [{"advice": {"timeout": 0}}, {}])
     def test_a_connect_that_is_not_held_releases_the_older_too(self, core, fields):
         """C3: CometD's page reload, and a connect in a batch."""
         client_id = core.handshake()
@@ -3554,7 +3569,7 @@ class TestProtocol:
         assert older.answer == [{"channel": "/meta/connect", "successful": True, "id": "old"}]
         assert core.core.sessions[client_id].hold is None
 
-    @pytest.mark.parametrize("fields", [{"connectionType": "iframe"}, {"connectionType": None}, {"id": []}])
+    @for_each("fields", [{"connectionType": "iframe"}, {"connectionType": None}, {"id": []}])
     def test_a_refused_connect_releases_nothing(self, core, fields):
         """C3"""
         client_id = core.handshake()
@@ -3599,7 +3614,7 @@ class TestProtocol:
             assert len(core.ask({**message, "clientId": client_id})) == 1
         assert [event["data"] for event in core.events(client_id)] == [1]
 
-    @pytest.mark.parametrize("client_id", ["unknown", "", "0" * 32, "\u00e4"])
+    @for_each("client_id", ["unknown", "", "0" * 32, "\u00e4"])
     def test_an_unknown_client_is_told_to_handshake(self, core, client_id):
         """C1"""
         for message in (core.connect_message(client_id),
@@ -3613,18 +3628,17 @@ class TestProtocol:
                 assert error_code(reply) == 402
                 assert reply["advice"] == ADVICE_HANDSHAKE
 
-    @pytest.mark.parametrize("channel", ["/meta/connect", "/meta/subscribe", "/meta/unsubscribe", "/meta/disconnect",
-                                         "/a"])
-    @pytest.mark.parametrize(("fields", "code"), [({}, 401), ({"clientId": None}, 401), ({"clientId": 5}, 400),
-                                                  ({"clientId": ["x"]}, 400), ({"clientId": {}}, 400),
-                                                  ({"clientId": True}, 400)])
+    @for_each("channel", ["/meta/connect", "/meta/subscribe", "/meta/unsubscribe", "/meta/disconnect", "/a"])
+    @for_each(("fields", "code"), [({}, 401), ({"clientId": None}, 401), ({"clientId": 5}, 400),
+                                   ({"clientId": ["x"]}, 400), ({"clientId": {}}, 400),
+                                   ({"clientId": True}, 400)])
     def test_a_missing_client_id_is_answered(self, core, channel, fields, code):
         """C1: it killed the original."""
         reply, = core.ask({"channel": channel, "connectionType": "long-polling", "subscription": "/a", "data": 1,
                            **fields})
         assert error_code(reply) == code and reply["advice"] == ADVICE_HANDSHAKE
 
-    @pytest.mark.parametrize("connection_type", ["iframe", "", "Long-Polling", None, 5, ["long-polling"], {}, True])
+    @for_each("connection_type", ["iframe", "", "Long-Polling", None, 5, ["long-polling"], {}, True])
     def test_a_connection_type_that_we_do_not_offer_is_refused(self, core, connection_type):
         """C1: and the session lives on."""
         client_id = core.handshake()
@@ -3943,14 +3957,13 @@ class TestProtocol:
             assert reply["advice"] == ADVICE_HANDSHAKE
         assert self.intervals(core, 1) == [0]
 
-    @pytest.mark.parametrize("options", [{}, {"client_max_connections": 10, "trusted_proxies": ["10.0.0.0/8"]}])
+    @for_each("options", [{}, {"client_max_connections": 10, "trusted_proxies": ["10.0.0.0/8"]}])
     def test_where_addresses_have_no_limits_nobody_pauses(self, options):
         assert set(self.intervals(CorePeer(**options), 50)) == {0}
 
     # -- Subscribe ---------------------------------------------------------------------------
 
-    @pytest.mark.parametrize("subscription", ["/a", ["/a"], ["/a", "/b/*"], ["/a", "/a"], "/**", "/service/x",
-                                              ["/service/x", "/a"]])
+    @for_each("subscription", ["/a", ["/a"], ["/a", "/b/*"], ["/a", "/a"], "/**", "/service/x", ["/service/x", "/a"]])
     def test_the_reply_repeats_the_subscription_as_it_came(self, core, subscription):
         """S1: a list stays a list, a string a string; aiocometd crashes on a list where it sent a string."""
         client_id = core.handshake()
@@ -3958,8 +3971,7 @@ class TestProtocol:
             assert core.ask({"channel": channel, "clientId": client_id, "subscription": subscription, "id": 1}) == [
                 {"channel": channel, "successful": True, "subscription": subscription, "id": 1}]
 
-    @pytest.mark.parametrize("bad", ["/meta/connect", "/*/b", "a", "", "/b/", "/b c", "/meta/**", 5, None, [], ["/c"],
-                                     True])
+    @for_each("bad", ["/meta/connect", "/*/b", "a", "", "/b/", "/b c", "/meta/**", 5, None, [], ["/c"], True])
     def test_a_list_with_a_refused_member_is_refused_as_a_whole(self, core, bad):
         """S1: nothing recorded, and the error names what is wrong."""
         client_id = core.handshake()
@@ -3971,14 +3983,14 @@ class TestProtocol:
         assert not core.core.sessions[client_id].subscriptions and not core.core.registry._subscribers
         assert not core.told_of("subscribe")
 
-    @pytest.mark.parametrize("subscription", [None, 5, True, {}, {"/a": 1}, [], [5], [None], [["/a"]], 1.5])
-    @pytest.mark.parametrize("channel", ["/meta/subscribe", "/meta/unsubscribe"])
+    @for_each("subscription", [None, 5, True, {}, {"/a": 1}, [], [5], [None], [["/a"]], 1.5])
+    @for_each("channel", ["/meta/subscribe", "/meta/unsubscribe"])
     def test_a_subscription_of_another_type_is_malformed(self, core, channel, subscription):
         """S1: the reply repeats it all the same."""
         reply, = core.ask({"channel": channel, "clientId": core.handshake(), "subscription": subscription, "id": 0})
         assert error_code(reply) == 400 and reply["subscription"] == subscription and reply["id"] == 0
 
-    @pytest.mark.parametrize("pattern", ["/meta/connect", "/meta/*", "/meta/**", "/meta/a/b"])
+    @for_each("pattern", ["/meta/connect", "/meta/*", "/meta/**", "/meta/a/b"])
     def test_meta_channels_cannot_be_subscribed(self, core, pattern):
         """S2"""
         reply, = core.ask({"channel": "/meta/subscribe", "clientId": core.handshake(), "subscription": pattern})
@@ -4019,7 +4031,7 @@ class TestProtocol:
         core.core.publish("/a", 2)
         assert [event["data"] for event in core.events(client_id)] == [1]
 
-    @pytest.mark.parametrize("subscription", ["/b", "/a/*", "/**", ["/a", "/b"], ["/b", "/a"], "/A"])
+    @for_each("subscription", ["/b", "/a/*", "/**", ["/a", "/b"], ["/b", "/a"], "/A"])
     def test_unsubscribing_what_was_not_subscribed_fails(self, core, subscription):
         """S4: as a whole; a wildcard is a subscription of its own."""
         client_id = core.handshake()
@@ -4071,7 +4083,7 @@ class TestProtocol:
         assert [event["data"] for event in core.events(subscribed)] == [1, 2]
         assert core.events(other) == []
 
-    @pytest.mark.parametrize(("channel", "code"), [
+    @for_each(("channel", "code"), [
         ("/a/*", 405), ("/**", 405), ("/a b", 405), ("a", 405), ("/a/", 405), ("", 405), ("/\u00e4", 405),
         ("/a.b", 405),
         ("/meta/a", 404), ("/meta/connect/x", 404), ("/META/connect", None), ("/meta/*", 404), ("/service/*", 405)])
@@ -4109,10 +4121,10 @@ class TestProtocol:
         assert core.events(client_id) == [{"channel": "/a", "data": 1}, {"channel": "/a", "data": 2}]
         assert core.told_of("publish") == [{"channel": "/a", "data": 1, "id": 1}, {"channel": "/a", "data": 2}]
 
-    @pytest.mark.parametrize("message", [{"channel": "/meta/connect", "connectionType": "long-polling"},
-                                         {"channel": "/meta/disconnect"},
-                                         {"channel": "/meta/subscribe", "subscription": "/a"},
-                                         {"channel": "/meta/unsubscribe", "subscription": "/a"}])
+    @for_each("message", [{"channel": "/meta/connect", "connectionType": "long-polling"},
+                          {"channel": "/meta/disconnect"},
+                          {"channel": "/meta/subscribe", "subscription": "/a"},
+                          {"channel": "/meta/unsubscribe", "subscription": "/a"}])
     def test_anonymous_publishing_opens_nothing_else(self, message):
         """SEED: anon_publish"""
         core = CorePeer(anon_publish=True)
@@ -4230,7 +4242,7 @@ class TestProtocol:
             job()                               # there is nothing left to do, and it does nothing
         assert len(order) == 2
 
-    @pytest.mark.parametrize("message", [
+    @for_each("message", [
         {"channel": "/meta/ping"}, {"channel": "/meta/subscribe", "subscription": "/b"},
         {"channel": "/service/none"}, {"channel": "/a"},
         {"channel": "/meta/connect", "connectionType": "long-polling", "advice": {"timeout": 0}}])
@@ -4321,14 +4333,14 @@ class TestProtocol:
     def call_service(core, channel="/service/test", **fields):
         return core.ask({"channel": channel, "clientId": core.handshake(), "data": "question", "id": "7", **fields})
 
-    @pytest.mark.parametrize("returned", [{"data": "answer"}, [{"data": "answer"}], ({"data": "answer"},),
-                                          {"only": {"data": "answer"}}.values()])
+    @for_each("returned", [{"data": "answer"}, [{"data": "answer"}], ({"data": "answer"},),
+                           {"only": {"data": "answer"}}.values()])
     def test_one_answer_is_the_only_reply(self, returned):
         """V1: channel, id and successful are filled in; no acknowledgement beside it."""
         assert self.call_service(CorePeer(services={"test": lambda message: returned})) == [
             {"channel": "/service/test", "id": "7", "successful": True, "data": "answer"}]
 
-    @pytest.mark.parametrize("returned", [None, [], (), {}.values()])
+    @for_each("returned", [None, [], (), {}.values()])
     def test_no_answer_is_a_plain_reply(self, returned):
         """V1, G1"""
         assert self.call_service(CorePeer(services={"test": lambda message: returned})) == [
@@ -4380,7 +4392,7 @@ class TestProtocol:
         reply, = self.call_service(core)
         assert error_code(reply) == 404 and reply["id"] == "7" and reply["channel"] == "/service/test"
 
-    @pytest.mark.parametrize("service", [
+    @for_each("service", [
         lambda message: 1 / 0, lambda message: "text", lambda message: 5, lambda message: [None],
         lambda message: [{"data": 1}, "x"],
         lambda message: {"data": object()}, lambda message: {"data": float("nan")}, lambda message: {"data": {1, 2}},
@@ -4460,7 +4472,7 @@ class TestProtocol:
                         (None, "/meta/ping"),
                         (client_id, "/meta/unsubscribe"), (client_id, "/meta/disconnect")]
 
-    @pytest.mark.parametrize("message", [
+    @for_each("message", [
         {"channel": "/meta/connect", "connectionType": "long-polling"},
         {"channel": "/meta/subscribe", "subscription": ["/b"]},
         {"channel": "/meta/unsubscribe", "subscription": "/a"}, {"channel": "/meta/disconnect"},
@@ -4513,8 +4525,8 @@ class TestProtocol:
         replies = core.ask({"channel": "/a", "clientId": bob, "data": 1}, {"channel": "/a", "clientId": eve, "data": 1})
         assert [reply["successful"] for reply in replies] == [True, False]
 
-    @pytest.mark.parametrize(("text", "reconnect"),
-                             [("Go away", "none"), ("403::Go away", "none"), ("401:bob:Wrong password", "handshake")])
+    @for_each(("text", "reconnect"),
+              [("Go away", "none"), ("403::Go away", "none"), ("401:bob:Wrong password", "handshake")])
     def test_a_refused_handshake_makes_no_session(self, text, reconnect):
         """H3: another try is advised where other credentials would help."""
         core = CorePeer(message_acl=lambda session, message: text)
@@ -4523,12 +4535,12 @@ class TestProtocol:
         assert reply["advice"]["reconnect"] == reconnect
         assert not core.core.sessions and not core.told
 
-    @pytest.mark.parametrize("passes", [None, True, ""])
+    @for_each("passes", [None, True, ""])
     def test_no_text_lets_pass(self, passes):
         """SEED: refuses by an error text"""
         assert CorePeer(message_acl=lambda session, message: passes).handshake()
 
-    @pytest.mark.parametrize("refuses", [False, 0, 5, [], {"a": 1}])
+    @for_each("refuses", [False, 0, 5, [], {"a": 1}])
     def test_what_is_neither_text_nor_true_refuses(self, refuses):
         """SEED: a rule that answers something else is on the safe side."""
         core = CorePeer(message_acl=lambda session, message: refuses)
@@ -4587,7 +4599,7 @@ class TestProtocol:
         reply, = held.answer
         assert reply["channel"] == "/meta/connect" and reply["id"] == "c" and reply["advice"]["reconnect"] == "none"
 
-    @pytest.mark.parametrize("message", [
+    @for_each("message", [
         {"channel": "/meta/connect", "connectionType": "long-polling"},
         {"channel": "/meta/subscribe", "subscription": "/a"},
         {"channel": "/meta/unsubscribe", "subscription": "/a"}, {"channel": "/meta/disconnect"},
@@ -4614,7 +4626,7 @@ class TestProtocol:
         core.work()
         assert held.answer is not None and [event["data"] for event in core.events(watcher)] == [1]
 
-    @pytest.mark.parametrize("is_connect_first", [True, False])
+    @for_each("is_connect_first", [True, False])
     def test_a_connect_of_the_same_request_is_not_left_hanging(self, core, is_connect_first):
         """X1, C2: it releases the older, and no event of the ended session leaves."""
         client_id = core.handshake()
@@ -4629,8 +4641,8 @@ class TestProtocol:
         core.work()
         assert len(older.answer) == 1 and not core.core.sessions
 
-    @pytest.mark.parametrize("message", [{"channel": "/meta/connect", "connectionType": "long-polling"},
-                                         {"channel": "/meta/subscribe", "subscription": "/b"}])
+    @for_each("message", [{"channel": "/meta/connect", "connectionType": "long-polling"},
+                          {"channel": "/meta/subscribe", "subscription": "/b"}])
     def test_a_session_may_end_while_its_message_is_looked_at(self, message):
         """X1: by another request of it; then the message leaves nothing behind."""
         def acl(session, asked):
@@ -4643,8 +4655,8 @@ class TestProtocol:
         assert error_code(reply) == 402 and reply["advice"] == ADVICE_HANDSHAKE and reply["id"] == "meanwhile"
         assert not core.core.registry._subscribers and not core.core.sessions
 
-    @pytest.mark.parametrize("send", [lambda core, client_id: core.publish("/a", 1),
-                                      lambda core, client_id: core.client_push(client_id, "/b", 1)])
+    @for_each("send", [lambda core, client_id: core.publish("/a", 1),
+                       lambda core, client_id: core.client_push(client_id, "/b", 1)])
     def test_a_session_may_end_while_its_event_is_looked_at(self, send):
         """X1: an extension takes its time; what it lets pass is thrown away."""
         class Ending:
@@ -4671,7 +4683,7 @@ class TestProtocol:
     # -- Extensions --------------------------------------------------------------------------
 
     # -- Comment filtering: how it is written stands with the HTTP transport -----------------
-    @pytest.mark.parametrize("value", [True, 1, "true"])
+    @for_each("value", [True, 1, "true"])
     def test_a_session_may_ask_for_comments(self, core, value):
         """E6: every reply of it is filtered from then on, the handshake's and a held connect's included."""
         shake = core.send({"channel": "/meta/handshake", "version": "1.0", "ext": {"json-comment-filtered": value}})
@@ -4692,7 +4704,7 @@ class TestProtocol:
         assert core.send({**publish, "clientId": plain}, {**publish, "clientId": filtered}).comment_filtered
         assert not core.send({**publish, "clientId": plain}).comment_filtered
 
-    @pytest.mark.parametrize("ext", [{}, None, 5] + [
+    @for_each("ext", [{}, None, 5] + [
         {"json-comment-filtered": value} for value in (False, 0, None, "", "false", [], {}, 2)])
     def test_who_does_not_ask_gets_plain_json(self, core, ext):
         """E6"""
@@ -4707,7 +4719,7 @@ class TestProtocol:
 
     # -- Time synchronisation ----------------------------------------------------------------
 
-    @pytest.mark.parametrize("message", [
+    @for_each("message", [
         {"channel": "/meta/handshake", "version": "1.0"},
         {"channel": "/meta/connect", "connectionType": "long-polling"},
         {"channel": "/meta/ping"}, {"channel": "/meta/subscribe", "subscription": "/a"},
@@ -4748,19 +4760,18 @@ class TestProtocol:
                            "ext": {"json-comment-filtered": True, "timesync": {"tc": 1, "l": 2, "o": 3}}})
         assert set(reply["ext"]) == {"json-comment-filtered", "timesync"}
 
-    @pytest.mark.parametrize("timesync", [None, 5, "x", [], {}, {"tc": None}, {"tc": "1"}, {"tc": True}, {"tc": []},
-                                          {"l": 1, "o": 1}])
+    @for_each("timesync", [None, 5, "x", [], {}, {"tc": None}, {"tc": "1"}, {"tc": True}, {"tc": []}, {"l": 1, "o": 1}])
     def test_a_timesync_without_a_time_is_ignored(self, core, timesync):
         """E2, G3"""
         reply, = core.ask({"channel": "/meta/ping", "ext": {"timesync": timesync}})
         assert reply == {"channel": "/meta/ping", "successful": True}
 
-    @pytest.mark.parametrize("timesync", [
+    @for_each("timesync", [
         {"tc": 1}, {"tc": 1, "l": "x", "o": None}, {"tc": -1.5, "l": [], "o": {}},
         {"tc": 1e308, "l": 1e308, "o": 1e308},
         {"tc": -1e308, "l": -1e308, "o": -1e308}, {"tc": 1, "l": 1e308, "o": 1e308},
         {"tc": 10**299, "l": 1.5, "o": 10**299}])
-    @pytest.mark.parametrize("channel", ["/meta/ping", "/meta/nope"])
+    @for_each("channel", ["/meta/ping", "/meta/nope"])
     def test_times_that_are_none_harm_nothing(self, core, timesync, channel):
         """E2, G5: one reply, and numbers if there are any."""
         reply, = core.ask({"channel": channel, "id": 1, "ext": {"timesync": timesync}})
@@ -4787,7 +4798,7 @@ class TestProtocol:
 
     # -- Timestamp ---------------------------------------------------------------------------
 
-    @pytest.mark.parametrize("timestamp", ["2008-10-10T10:10:10", "", 5, None, [], {}])
+    @for_each("timestamp", ["2008-10-10T10:10:10", "", 5, None, [], {}])
     def test_a_timestamp_in_a_message_does_no_harm(self, core, timestamp):
         """E3: dojo's client sends one with every message; it is not passed on."""
         client_id = core.handshake(timestamp=timestamp)
@@ -4939,7 +4950,7 @@ class TestProtocol:
         assert core.events(client_id) == [{"channel": "/a", "data": {"text": "HELLO"}}]
         assert data == {"text": "hello"} and core.told_of("client_push")[0]["data"] == {"text": "hello"}
 
-    @pytest.mark.parametrize("fail", [lambda message: 1 / 0, lambda message: "text", lambda message: 5])
+    @for_each("fail", [lambda message: 1 / 0, lambda message: "text", lambda message: 5])
     def test_an_extension_that_fails_on_the_way_in_harms_no_neighbour(self, fail, errors):
         """E7, G1: logged; the sender hears of a failure."""
         class Broken:
@@ -4953,10 +4964,10 @@ class TestProtocol:
         assert [reply["successful"] for reply in replies] == [True, False, True]
         assert error_code(replies[1]) == 500 and len(errors.take()) == 1
 
-    @pytest.mark.parametrize("channel", ["/meta/ping", "/meta/nope"])
-    @pytest.mark.parametrize("fail", [lambda message: 1 / 0, lambda message: {**message, "x": object()},
-                                      lambda message: {**message, "x": float("nan")},
-                                      lambda message: {**message, "x": "\ud800"}])
+    @for_each("channel", ["/meta/ping", "/meta/nope"])
+    @for_each("fail", [lambda message: 1 / 0, lambda message: {**message, "x": object()},
+                       lambda message: {**message, "x": float("nan")},
+                       lambda message: {**message, "x": "\ud800"}])
     def test_an_extension_that_fails_on_a_reply_harms_no_neighbour(self, fail, channel, errors):
         """E7, G1: nor on a refusal."""
         class Broken:
@@ -4970,9 +4981,9 @@ class TestProtocol:
         assert [reply["successful"] for reply in replies] == [True, False, True]
         assert error_code(replies[1]) >= 400 and len(errors.take()) == 1
 
-    @pytest.mark.parametrize("fail", [lambda message: 1 / 0, lambda message: {"channel": "/a", "data": object()},
-                                      lambda message: {"data": 1}, lambda message: "text",
-                                      lambda message: {"channel": "/a", "data": "\ud800"}])
+    @for_each("fail", [lambda message: 1 / 0, lambda message: {"channel": "/a", "data": object()},
+                       lambda message: {"data": 1}, lambda message: "text",
+                       lambda message: {"channel": "/a", "data": "\ud800"}])
     def test_an_extension_that_fails_on_an_event_harms_no_other_subscriber(self, fail, errors):
         """E7: nor the publisher."""
         class Broken:
@@ -5014,7 +5025,7 @@ class TestProtocol:
     def test_both_sides_say_so(self, acknowledging):
         assert acknowledging().handshake["ext"] == {"ack": True}
 
-    @pytest.mark.parametrize("ext", [{}, {"ack": False}, {"ack": None}, {"ack": "true"}, [], "x"])
+    @for_each("ext", [{}, {"ack": False}, {"ack": None}, {"ack": "true"}, [], "x"])
     def test_who_does_not_ask_gets_none(self, acknowledging, ext):
         client = acknowledging(ext=ext)
         assert "ext" not in client.handshake
@@ -5029,7 +5040,7 @@ class TestProtocol:
         client = acknowledging()
         assert [client.poll(number).ack for number in range(5)] == [1, 2, 3, 4, 5]
 
-    @pytest.mark.parametrize("beginning", [-1, 0, None, ""])
+    @for_each("beginning", [-1, 0, None, ""])
     def test_a_client_may_begin_with_anything(self, acknowledging, beginning):
         client = acknowledging()
         batch = client.poll(beginning)
@@ -5113,7 +5124,7 @@ class TestProtocol:
         assert numbers == [seen + 1, seen + 2, seen + 3]
         assert client.poll(numbers[-1]).data == []
 
-    @pytest.mark.parametrize("nonsense", [None, "3", [], {}, True, ""])
+    @for_each("nonsense", [None, "3", [], {}, True, ""])
     def test_a_nonsensical_number_acknowledges_nothing(self, acknowledging, nonsense):
         client = acknowledging()
         seen = self.subscribe_with_ack(client)
@@ -5232,7 +5243,7 @@ class TestProtocol:
         lazy.subscribe(client_id, "/**")
         return client_id
 
-    @pytest.mark.parametrize("channel", ["/lazy/a", "/lazy/a/b", "/slow"])
+    @for_each("channel", ["/lazy/a", "/lazy/a/b", "/slow"])
     def test_a_lazy_event_waits_for_max_lazy(self, lazy, client_id, channel):
         exchange = lazy.hold(client_id)
         lazy.core.publish(channel, 1)
@@ -5249,7 +5260,7 @@ class TestProtocol:
         lazy.pass_time(2.1)
         assert [event["data"] for event in exchange.answer[1:]] == [1, 2]
 
-    @pytest.mark.parametrize("channel", ["/lazy", "/lazier/a", "/slow/a"])
+    @for_each("channel", ["/lazy", "/lazier/a", "/slow/a"])
     def test_others_do_not_wait(self, lazy, client_id, channel):
         exchange = lazy.hold(client_id)
         lazy.core.publish(channel, 1)
@@ -5374,7 +5385,7 @@ class TestProtocol:
         quiet.work()
         assert quiet.told_of("client_disconnect")[0]["reason"] == "inactivity"
 
-    @pytest.mark.parametrize("message", [
+    @for_each("message", [
         {"channel": "/a", "data": 1}, {"channel": "/service/echo", "data": 1},
         {"channel": "/meta/subscribe", "subscription": "/a"}])
     def test_anything_else_does(self, quiet, message):
@@ -5475,7 +5486,7 @@ class TestProtocol:
         core.work()
         assert stream.data == [[2]]
 
-    @pytest.mark.parametrize("change", ["the stream is lost", "another connect releases the held one"])
+    @for_each("change", ["the stream is lost", "another connect releases the held one"])
     def test_a_lease_that_began_while_a_frame_was_in_flight_ends_in_time(self, change):
         """C5: the look at the session stood at the end of its held connect, which is later."""
         core, stream = CorePeer(connect_timeout=5, timeout=30), FakeStream()
@@ -5617,7 +5628,7 @@ class TestProtocol:
             ("unsubscribe", {"client_id": "bot", "channel": "/a"}),
             ("client_disconnect", {"client_id": "bot", "reason": "asked"})]
 
-    @pytest.mark.parametrize("data", [None, False, 0, ""])
+    @for_each("data", [None, False, 0, ""])
     def test_a_publish_is_told_with_its_data_whatever_it_is(self, core, data):
         """SEED: null is data too; a listener may rely on details["data"]."""
         core.publish(core.handshake(), "/a", data)
@@ -5703,7 +5714,7 @@ class TestProtocol:
         assert [event["data"] for event in core.events(client_id)] == [1]
         assert [event for event, _ in core.told] == ["client_connect", "subscribe", "publish", "unsubscribe", "publish"]
 
-    @pytest.mark.parametrize(("call", "code"), [
+    @for_each(("call", "code"), [
         (lambda core, id: core.subscribe("/a", "nobody"), 402), (lambda core, id: core.subscribe("/*/a", id), 405),
         (lambda core, id: core.subscribe("/meta/connect", id), 403),
         (lambda core, id: core.subscribe("/service/x", id), 403),
@@ -5762,8 +5773,7 @@ class TestProtocol:
             core.core.client_push(client_id, "/a", number)
         assert core.told_of("client_disconnect") == [{"client_id": client_id, "reason": "queue overflow"}]
 
-    @pytest.mark.parametrize("data", [object(), {1, 2}, b"bytes", float("nan"), float("inf"), "\ud800",
-                                      {"x": "\udfff"}])
+    @for_each("data", [object(), {1, 2}, b"bytes", float("nan"), float("inf"), "\ud800", {"x": "\udfff"}])
     def test_what_json_cannot_hold_raises_and_is_never_queued(self, core, data):
         """G5: not met only when it is sent, where it would harm others."""
         client_id = core.handshake()
@@ -5925,8 +5935,7 @@ class TestLocalClients:
         core.core.publish("/c", 2)
         assert len(heard) == 2 and len(other) == 1
 
-    @pytest.mark.parametrize(("pattern", "code"), [("/meta/**", 403), ("/service/x", 403), ("/*/a", 405), ("a", 405),
-                                                   ("", 405)])
+    @for_each(("pattern", "code"), [("/meta/**", 403), ("/service/x", 403), ("/*/a", 405), ("a", 405), ("", 405)])
     def test_what_cannot_be_subscribed_raises(self, core, pattern, code):
         """S2"""
         bot = LocalClient(core)
@@ -6478,7 +6487,7 @@ class TestLongPollWait:
         at_once(publish, fetch)
         assert received == list(range(600))
 
-    @pytest.mark.parametrize("step", ["pack", "send"])
+    @for_each("step", ["pack", "send"])
     def test_an_answer_that_fails_harms_no_other(self, waiting, errors, step):
         """DESIGN: all answers leave here, so a failure of one must not be the end of all."""
         class Failing(FakeExchange):
@@ -7253,11 +7262,11 @@ MODEL_SEEDS = [range(first, min(first + 25, LAST_SEED + 1)) for first in range(F
 class TestModel:
     """Random histories."""
 
-    @pytest.mark.parametrize("seeds", MODEL_SEEDS, ids=lambda seeds: f"seeds-{seeds[0]}-to-{seeds[-1]}")
+    @for_each("seeds", MODEL_SEEDS, ids=lambda seeds: f"seeds-{seeds[0]}-to-{seeds[-1]}")
     def test_the_core_does_as_the_model(self, seeds):
         check_seeds(seeds)
 
-    @pytest.mark.parametrize(("history", "options"), [
+    @for_each(("history", "options"), [
         ([("handshake", True), ("subscribe", 0, "/a/*"), ("tell", "/a/b", "/a/b", "/a/b"),
           ("connect", 0, {"channels": ["/a/b", "/a", "/a"]})], {"max_queue": 3}),
         ([("handshake", False), ("subscribe", 0, "/**"), ("connect", 0, {"socket": 1}), ("slow", 1, True),
@@ -7284,7 +7293,7 @@ class TestModel:
 class TestFrames:
     """RFC 6455 without input and output."""
 
-    @pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 65535, 65536])
+    @for_each("size", [0, 1, 125, 126, 127, 65535, 65536])
     def test_every_size_is_read_and_written(self, size):
         payload = bytes(place % 251 for place in range(size))
         assert read(masked(BINARY_FRAME, payload)) == [(BINARY_FRAME, payload)]
@@ -7319,8 +7328,8 @@ class TestFrames:
         assert list(reader.feed(masked(TEXT_FRAME, b"first") + second[:5])) == [(TEXT_FRAME, "first")]
         assert list(reader.feed(second[5:])) == [(TEXT_FRAME, "second")]
 
-    @pytest.mark.parametrize("key", [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x01\x00\x80\x7f", b"\0\0\0\1"])
-    @pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 7, 8, 1001])
+    @for_each("key", [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x01\x00\x80\x7f", b"\0\0\0\1"])
+    @for_each("size", [0, 1, 2, 3, 4, 5, 7, 8, 1001])
     def test_unmasking_undoes_masking(self, key, size):
         payload = bytes((7 * place) % 256 for place in range(size))
         assert bayeux_server.unmask(xor(payload, key), key) == payload
@@ -7337,7 +7346,7 @@ class TestFrames:
         assert read(data) == [(PING_FRAME, b"1"), (PONG_FRAME, b""), (TEXT_FRAME, "ab")]
         assert read(*in_bytes(data)) == [(PING_FRAME, b"1"), (PONG_FRAME, b""), (TEXT_FRAME, "ab")]
 
-    @pytest.mark.parametrize("data", [
+    @for_each("data", [
         masked(0, b"a"),                                                    # continues nothing
         masked(TEXT_FRAME, b"a") + masked(0, b"b"),                               # what was over
         masked(TEXT_FRAME, b"a", is_final=False) + masked(TEXT_FRAME, b"b"),            # begins in the middle
@@ -7346,16 +7355,16 @@ class TestFrames:
     def test_fragments_out_of_turn_are_a_protocol_error(self, data):
         assert read(data)[-1] == 1002
 
-    @pytest.mark.parametrize("opcode", [3, 4, 5, 6, 7, 11, 12, 13, 14, 15])
+    @for_each("opcode", [3, 4, 5, 6, 7, 11, 12, 13, 14, 15])
     def test_an_undefined_opcode_is_a_protocol_error(self, opcode):
         assert read(masked(opcode)) == [1002]
 
-    @pytest.mark.parametrize("reserved", [0x40, 0x20, 0x10, 0x70])
-    @pytest.mark.parametrize("opcode", [TEXT_FRAME, PING_FRAME, CLOSE_FRAME])
+    @for_each("reserved", [0x40, 0x20, 0x10, 0x70])
+    @for_each("opcode", [TEXT_FRAME, PING_FRAME, CLOSE_FRAME])
     def test_reserved_bits_are_a_protocol_error(self, opcode, reserved):
         assert read(masked(opcode, b"", reserved=reserved)) == [1002]
 
-    @pytest.mark.parametrize("opcode", [CLOSE_FRAME, PING_FRAME, PONG_FRAME])
+    @for_each("opcode", [CLOSE_FRAME, PING_FRAME, PONG_FRAME])
     def test_a_control_frame_is_short_and_whole(self, opcode):
         payload = b"\x03\xe8" + b"x" * 123
         assert read(masked(opcode, payload))[0][0] == opcode
@@ -7366,7 +7375,7 @@ class TestFrames:
         assert read(masked(PING_FRAME, b"x" * 126)[:2]) == [1002]
         assert read(masked(TEXT_FRAME, b"x" * 200)[:4], max_size=199) == [1009]
 
-    @pytest.mark.parametrize("data", [
+    @for_each("data", [
         b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"ok\xe2\x98", b"\x80", b"\xf0\x9f\x98"])
     def test_text_that_is_not_utf8_is_bad_data(self, data):
         assert read(masked(TEXT_FRAME, data)) == [1007]
@@ -7409,12 +7418,12 @@ class TestFrames:
         assert sum(len(value) for value in kept) < 10
         assert list(reader.feed(masked(0, b"end"))) == [(TEXT_FRAME, "end")]
 
-    @pytest.mark.parametrize("code", [1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 3000, 3999, 4000, 4999])
+    @for_each("code", [1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 3000, 3999, 4000, 4999])
     def test_close_codes_that_may_be_sent(self, code):
         data = masked(CLOSE_FRAME, struct.pack("!H", code) + "Tschüs".encode())
         assert read(data) == [(CLOSE_FRAME, (code, "Tschüs"))]
 
-    @pytest.mark.parametrize("code", [0, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65535])
+    @for_each("code", [0, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65535])
     def test_close_codes_that_may_not(self, code):
         assert read(masked(CLOSE_FRAME, struct.pack("!H", code))) == [1002]
 
@@ -7438,7 +7447,7 @@ class TestFrames:
     def test_the_answer_to_the_key(self):
         assert bayeux_server.websocket_accept(SocketWire.KEY) == SocketWire.ACCEPT
 
-    @pytest.mark.parametrize("seed", range(20))
+    @for_each("seed", range(20))
     def test_any_messages_in_any_fragments_and_any_portions(self, seed):
         """Whatever is sent is read again, however it is cut."""
         chance = random.Random(seed)
@@ -7463,7 +7472,7 @@ class TestFrames:
             data = data[size:]
         assert read(*portions) == expected
 
-    @pytest.mark.parametrize("seed", range(20))
+    @for_each("seed", range(20))
     def test_noise_is_refused_or_waited_for(self, seed):
         """Nothing that comes makes the reader fail in any other way than by its own error."""
         chance = random.Random(seed)
@@ -7553,7 +7562,7 @@ class TestConnections:
         jobs.await_begun("a0", "a1", "b0", "a2")
         assert jobs.refused == []
 
-    @pytest.mark.parametrize(("address", "options"), [("", {}), (None, {}), ("a", {"limits_addresses": False})])
+    @for_each(("address", "options"), [("", {}), (None, {}), ("a", {"limits_addresses": False})])
     def test_who_has_no_limit_may_have_all(self, work, address, options):
         jobs = work(4, **options)
         for number in range(4):
@@ -7625,7 +7634,7 @@ class TestConnections:
         del job
         wait_until(lambda: gc.collect() is None or is_alive() is None, "the end of the job")
 
-    @pytest.mark.parametrize("fault", FAULTS)
+    @for_each("fault", FAULTS)
     def test_a_job_that_fails_takes_no_thread_along(self, work, fault, errors):
         def fail():
             raise fault
@@ -7698,7 +7707,7 @@ class TestConnections:
             assert (connect["channel"], connect["successful"]) == ("/meta/connect", True)
             assert peer.read_answer().batch[0]["id"] == "second"
 
-    @pytest.mark.parametrize("tails", [[b"\r\n"], [b"", b"\r\n"], [b"", b"\r", b"\n"], [b"\r", b"\n\r\n"]])
+    @for_each("tails", [[b"\r\n"], [b"", b"\r\n"], [b"", b"\r", b"\n"], [b"\r", b"\n\r\n"]])
     def test_an_empty_line_behind_a_connect_does_not_release_it(self, server, monkeypatch, tails):
         """Some old clients send one, which no length counts; it is no request."""
         with Peer(server) as peer:
@@ -7722,7 +7731,7 @@ class TestConnections:
             assert peer.read_answer().batch[0]["id"] == "first"
             assert peer.read_answer().batch[0]["id"] == "second"
 
-    @pytest.mark.parametrize("hang_up", [socket.socket.close, reset], ids=["close", "reset"])
+    @for_each("hang_up", [socket.socket.close, reset], ids=["close", "reset"])
     def test_events_for_a_connect_that_hung_up_wait_for_the_next(self, server, hang_up):
         """C6: nothing is lost, the subscriptions neither."""
         with Peer(server) as peer:
@@ -7742,7 +7751,7 @@ class TestConnections:
                 wire.send_post({"channel": "/news", "data": "last words", "clientId": client_id})
             assert peer.connect().data == ["last words"]
 
-    @pytest.mark.parametrize("subscribers", [2, 40])
+    @for_each("subscribers", [2, 40])
     def test_who_reads_a_publish_delivers_it(self, serve, subscribers):
         """Issue 5: to few before the reply, to many behind it; the wait's thread is not needed for it."""
         server = serve(client_max_connections=0)
@@ -7771,7 +7780,7 @@ class TestConnections:
             may_return.set()
             assert [reply["successful"] for reply in peer.side.read_answer().batch] == [True, True]
 
-    @pytest.mark.parametrize("place", ["message_acl", "service", "content_handler", "post_handle"])
+    @for_each("place", ["message_acl", "service", "content_handler", "post_handle"])
     def test_slow_code_of_the_application_holds_up_nobody_else(self, serve, place):
         has_begun, is_free = threading.Semaphore(0), threading.Event()
 
@@ -7955,7 +7964,7 @@ class TestConnections:
             wait_until(lambda: not has_unsent_output(server), "the hang-up")
             assert self.fetch(peer, 61) == [str(number) for number in range(60)] + ["later"]
 
-    @pytest.mark.parametrize("transport", ["long-polling", "websocket", "eventsource"])
+    @for_each("transport", ["long-polling", "websocket", "eventsource"])
     def test_no_protocol_lifts_the_deadline_of_waiting_output(self, serve, transport):
         """A client that sends now and then, and reads nothing, is hung up on all the same."""
         server = serve(request_timeout=0.4)
@@ -8294,7 +8303,7 @@ class TestConnections:
             wire.ask_batch({"channel": "/meta/disconnect", "clientId": sessions[0]})
             assert wire.ask_batch(connects[2])[0]["successful"]
 
-    @pytest.mark.parametrize(("data", "kind"), [
+    @for_each(("data", "kind"), [
         (masked(TEXT_FRAME, b"[]"), TEXT_FRAME), (masked(PING_FRAME), PING_FRAME), (masked(PONG_FRAME), PONG_FRAME),
         (masked(0, b"x", is_final=False), 0)])
     def test_of_small_frames_a_few_are_read_at_a_time(self, data, kind):
@@ -8357,7 +8366,7 @@ class TestConnections:
         peers.close()
         assert connection.unsent == 0
 
-    @pytest.mark.parametrize("is_first_long", [False, True])
+    @for_each("is_first_long", [False, True])
     def test_who_sends_faster_than_it_is_answered_has_to_wait(self, serve, is_first_long):
         """What it has sent stays in its own and the kernel's buffers, mostly; all is answered in order."""
         begun, may_end = threading.Event(), threading.Event()
@@ -8444,7 +8453,7 @@ class TestConnections:
             for wire in (held, *wires):
                 wire.close()
 
-    @pytest.mark.parametrize("options", [{"client_max_connections": 0}, {"trusted_proxies": ["127.0.0.1"]}])
+    @for_each("options", [{"client_max_connections": 0}, {"trusted_proxies": ["127.0.0.1"]}])
     def test_where_an_address_has_no_limit_none_is_closed(self, serve_few, options):
         server = serve_few(**options)
         wires = [Wire(server) for _ in range(10)]
@@ -8498,7 +8507,7 @@ class TestConnections:
         serve()
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
 
-    @pytest.mark.parametrize(("soft", "highest", "reached"), [
+    @for_each(("soft", "highest", "reached"), [
         (256, 10_240, 10_240), (256, 65_536, 61_440), (256, 245_760, 131_072), (20_000, 10_240, 20_000),
         (256, 300, 256)])
     def test_macos_has_a_hard_limit_without_end_and_refuses_it(self, monkeypatch, resource, soft, highest, reached):
@@ -8645,7 +8654,7 @@ class TestConnections:
                 wire.send(bytes([byte]))
             assert wire.read_answer().batch[0]["id"] == "p"
 
-    @pytest.mark.parametrize("noise", [whole_post(), b"\x16\x03\x01" + b"\xff" * 300, b"\0" * 50, b""])
+    @for_each("noise", [whole_post(), b"\x16\x03\x01" + b"\xff" * 300, b"\0" * 50, b""])
     def test_who_speaks_no_tls_harms_nobody(self, serve_tls, tls, noise):
         server = serve_tls()
         with bystander(server, tls), Wire(server) as wire:
@@ -8694,7 +8703,7 @@ class TestHttpTransport:
                 assert wire.read_answer().batch
             assert kept.cache_info().currsize == is_kept
 
-    @pytest.mark.parametrize("data, status", [
+    @for_each("data, status", [
         (raw_post(BODY, "Content-Length: 5", "Content-Length: 5"), 400),
         (raw_post(BODY, "Content-Length: 5", "Content-Length: 6"), 400),
         (raw_post(BODY, "Content-Length: 5, 5"), 400),
@@ -8772,7 +8781,7 @@ class TestHttpTransport:
             wire.send(b"\n")
             assert wire.read_answer().batch[0]["id"] == "p"
 
-    @pytest.mark.parametrize("request_bytes", [
+    @for_each("request_bytes", [
         whole_post(), CHUNKED + b"0\r\n\r\n", CHUNKED + b"0\r\nA: b\r\nC: d\r\n\r\n"],
         ids=["length", "chunked", "trailers"])
     def test_requests_are_read_however_they_are_cut(self, server, request_bytes):
@@ -8819,7 +8828,7 @@ class TestHttpTransport:
             assert answer.headers["connection"] == "close"
             assert wire.is_closed_by_server()
 
-    @pytest.mark.parametrize("body", [b'[{"channel": "/meta/ping"}]', b"no JSON"])
+    @for_each("body", [b'[{"channel": "/meta/ping"}]', b"no JSON"])
     def test_http_1_0_keeps_alive_if_asked_and_says_so(self, server, body):
         """The original promised and did not keep it."""
         with Wire(server) as wire:
@@ -8849,7 +8858,7 @@ class TestHttpTransport:
             assert events_of(peer.read_answer().batch) == [1]
             assert peer.is_closed_by_server()
 
-    @pytest.mark.parametrize("data", [
+    @for_each("data", [
         raw_post(b"", "Content-Length: 2000000"), raw_post(b"1E8480\r\n", "Transfer-Encoding: chunked"),
         raw_post(b"", "Content-Length: 2000000", "Expect: 100-continue"),
         raw_post(b"x" * 3_000_000, "Content-Length: 3000000")], ids=["length", "chunk", "expect", "already sent"])
@@ -8864,7 +8873,7 @@ class TestHttpTransport:
         with bystander(server):
             refusal(server, raw_post(chunk * 11, "Transfer-Encoding: chunked"), 413)
 
-    @pytest.mark.parametrize("target", ["/cometd", "/file"])
+    @for_each("target", ["/cometd", "/file"])
     def test_a_refusal_is_readable_with_a_post_handle_too(self, serve, target):
         server = serve(post_handle=lambda request, response: None)
         with bystander(server), Wire(server) as wire:
@@ -8887,7 +8896,7 @@ class TestHttpTransport:
     def test_other_expectations_are_refused(self, server):
         refusal(server, raw_post(b"", "Content-Length: 5", "Expect: miracles"), 417)
 
-    @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "TRACE", "BREW", "get"])
+    @for_each("method", ["PUT", "DELETE", "PATCH", "TRACE", "BREW", "get"])
     def test_unknown_methods_get_405_and_what_is_allowed(self, server, method):
         """T5"""
         with Wire(server) as wire, bystander(server):
@@ -8928,7 +8937,7 @@ class TestHttpTransport:
     FORM = urllib.parse.urlencode({"message": TEXT})
     FORM_TYPE = "application/x-www-form-urlencoded"
 
-    @pytest.mark.parametrize("content_type", [
+    @for_each("content_type", [
         "application/json", "APPLICATION/JSON", "application/json;charset=UTF-8", 'application/json; charset="utf-8"',
         "text/json", "text/json; charset=utf8", "text/plain", "text/plain;charset=UTF-8", None,
         "application/x-www-form-urlencoded"])
@@ -8940,8 +8949,7 @@ class TestHttpTransport:
                 reply, = wire.request("POST", "/cometd", body.encode(), **headers).batch
                 assert reply == {"channel": "/meta/ping", "successful": True, "id": "p"}
 
-    @pytest.mark.parametrize("content_type", [
-        FORM_TYPE, FORM_TYPE + "; charset=UTF-8", FORM_TYPE.upper(), None, "text/plain"])
+    @for_each("content_type", [FORM_TYPE, FORM_TYPE + "; charset=UTF-8", FORM_TYPE.upper(), None, "text/plain"])
     def test_a_form_is_read_even_if_it_is_not_called_one(self, server, content_type):
         """T1: Faye's cross-origin requests have no content type."""
         with Wire(server) as wire:
@@ -8956,7 +8964,7 @@ class TestHttpTransport:
             answer = wire.request("POST", "/cometd", form.encode(), Content_Type=self.FORM_TYPE)
             assert [reply["id"] for reply in answer.batch] == [1, 2, 3]
 
-    @pytest.mark.parametrize("suffix", ["", "/", "/handshake", "/connect", "/a/b/c", "?query=1", "/connect?x"])
+    @for_each("suffix", ["", "/", "/handshake", "/connect", "/a/b/c", "?query=1", "/connect?x"])
     def test_the_path_may_have_a_suffix(self, server, suffix):
         """T1: CometD's client appends the message type."""
         with Wire(server) as wire:
@@ -8997,7 +9005,7 @@ class TestHttpTransport:
         b'["\xff"]', b'["\\ud800"]', b"[" * 10_000, b"[1e999]", b"message=", b"message=%5B%5D", b"message=%ff",
         b"\xef\xbb\xbf[]", b"[]]", b"[1" + b"0" * 5000 + b"]")
 
-    @pytest.mark.parametrize("content_type", ["application/json", FORM_TYPE, "text/plain"])
+    @for_each("content_type", ["application/json", FORM_TYPE, "text/plain"])
     def test_what_holds_no_batch_gets_400_and_never_an_empty_array(self, server, content_type):
         """T5, G5: the original answered with [] and clients sent again for ever."""
         with Wire(server) as wire:
@@ -9008,7 +9016,7 @@ class TestHttpTransport:
                     assert is_bayeux_failure(answer)
                     assert wire.post(PING)[0]["successful"], "the connection is good for the next request"
 
-    @pytest.mark.parametrize("value", [None, 1, "text", True, [], {}])
+    @for_each("value", [None, 1, "text", True, [], {}])
     def test_what_is_no_message_is_answered_one_by_one(self, server, value):
         """G1, T5: a Bayeux error is HTTP 200."""
         with Wire(server) as wire, bystander(server):
@@ -9016,8 +9024,8 @@ class TestHttpTransport:
             assert answer.status == 200
             assert [reply["successful"] for reply in answer.batch] == [False, True, False]
 
-    @pytest.mark.parametrize("content_type", ["application/xml", "multipart/form-data; boundary=x",
-                                              "application/json; charset=iso-8859-1", "text/plain; charset=utf-16"])
+    @for_each("content_type", ["application/xml", "multipart/form-data; boundary=x",
+                               "application/json; charset=iso-8859-1", "text/plain; charset=utf-16"])
     def test_other_types_and_charsets_get_415(self, server, content_type):
         with Wire(server) as wire, bystander(server):
             answer = wire.request("POST", "/cometd", self.TEXT.encode(), Content_Type=content_type)
@@ -9073,14 +9081,13 @@ class TestHttpTransport:
             assert answer.headers["x-content-type-options"] == "nosniff"
             assert answer.headers["cache-control"] == "no-store"
 
-    @pytest.mark.parametrize("name", ["cb", "a.b.c", "_$9", "dojo.io.script.jsonp_dojoIoScript1._jsonpCallback",
-                                      "x" * 64])
+    @for_each("name", ["cb", "a.b.c", "_$9", "dojo.io.script.jsonp_dojoIoScript1._jsonpCallback", "x" * 64])
     def test_a_name_of_the_client_s(self, server, name):
         """T3"""
         with Wire(server) as wire:
             assert script_batch(wire.request("GET", jsonp_target(PING, jsonp=name), **OWN_PAGE), name)[0]["id"] == "p"
 
-    @pytest.mark.parametrize("name", [
+    @for_each("name", [
         "alert(1)//", "a;b", "a b", "a..b", ".a", "a.", "9a", "a[0]", "x" * 65, "<script>", "a\n", "a\u2028", "ä",
         "a\0", "*/alert(1)/*", "a'", "a\r\nSet-Cookie: x=y"])
     def test_a_hostile_name_is_refused_and_not_repeated(self, server, name):
@@ -9093,8 +9100,8 @@ class TestHttpTransport:
             assert name.encode() not in answer.body
             assert "set-cookie" not in answer.headers
 
-    @pytest.mark.parametrize("query", ["", "?", "?jsonp=cb", "?message=", "?message=[]", "?message=no", "?message=%ff",
-                                       "?message=%ED%A0%80", "?message=[" + "[" * 5000])
+    @for_each("query", ["", "?", "?jsonp=cb", "?message=", "?message=[]", "?message=no", "?message=%ff",
+                        "?message=%ED%A0%80", "?message=[" + "[" * 5000])
     def test_a_bad_message_gets_400_as_a_script(self, server, query):
         """T3, T5: so that the page learns it."""
         with Wire(server) as wire, bystander(server):
@@ -9155,7 +9162,7 @@ class TestHttpTransport:
         wire.send_post(*messages)
         return self.unfiltered(wire.read_answer())
 
-    @pytest.mark.parametrize("asked", [True, 1])
+    @for_each("asked", [True, 1])
     def test_every_reply_of_the_session_is_filtered(self, server, asked):
         """E6: from the handshake's on, the held connect's too."""
         with Wire(server) as wire, Wire(server) as side, bystander(server):
@@ -9176,7 +9183,7 @@ class TestHttpTransport:
             assert refusal["channel"] == "*/x/*"
             assert self.ask_filter(side, {"channel": "/meta/disconnect", "clientId": client_id})[0]["successful"]
 
-    @pytest.mark.parametrize("ext", [None, {}, {"json-comment-filtered": False}, {"json-comment-filtered": 0}, 1, [1]])
+    @for_each("ext", [None, {}, {"json-comment-filtered": False}, {"json-comment-filtered": 0}, 1, [1]])
     def test_who_did_not_ask_gets_plain_json(self, server, ext):
         """E6, G3"""
         with Wire(server) as wire:
@@ -9258,7 +9265,7 @@ class TestHttpTransport:
         with Wire(server) as wire:
             return wire.request(method, target, body, **headers)
 
-    @pytest.mark.parametrize("origin", [
+    @for_each("origin", [
         ELSEWHERE, "null", "http://127.0.0.1:8080", "http://127.0.0.1.example", "http://[", "nonsense", "", "unknown",
         "x://127.0.0.1", "ws://127.0.0.1", "file://127.0.0.1", "//127.0.0.1", "://127.0.0.1", "127.0.0.1",
         "https://127.0.0.1", "https://127.0.0.1:80", "http://127.0.0.1:443", "http://127.0.0.1/",
@@ -9272,8 +9279,7 @@ class TestHttpTransport:
                 assert is_bayeux_failure(answer)
                 assert self.access_headers(answer) == {}
 
-    @pytest.mark.parametrize("origin", ["http://127.0.0.1", "http://127.0.0.1:80", "HTTP://127.0.0.1",
-                                        "http://127.0.0.1:", None])
+    @for_each("origin", ["http://127.0.0.1", "http://127.0.0.1:80", "HTTP://127.0.0.1", "http://127.0.0.1:", None])
     def test_the_own_origin_and_no_origin_pass(self, server, origin):
         """T6: the port of http or https may be left out.  No origin: no browser."""
         answer = self.ask_from_origin(server, **({"Origin": origin} if origin else {}))
@@ -9304,7 +9310,7 @@ class TestHttpTransport:
                                    ("http://127.0.0.1", 403), ("http://127.0.0.1:443", 403)):
                 assert wire.request("POST", "/cometd", json.dumps([PING]).encode(), Origin=origin).status == status
 
-    @pytest.mark.parametrize(("proxy", "forwarded", "passing"), [
+    @for_each(("proxy", "forwarded", "passing"), [
         ("127.0.0.1", "https", ["https://127.0.0.1"]), ("127.0.0.1", "HTTP", ["http://127.0.0.1"]),
         ("127.0.0.1", "wss", ["https://127.0.0.1"]), ("127.0.0.1", "ws", ["http://127.0.0.1"]),
         ("127.0.0.1", "https, http", ["https://127.0.0.1"]),
@@ -9318,7 +9324,7 @@ class TestHttpTransport:
         assert [origin for origin in ("http://127.0.0.1", "https://127.0.0.1", "https://127.0.0.1:80", self.ELSEWHERE)
                 if self.ask_from_origin(server, Origin=origin, **headers).status == 200] == passing
 
-    @pytest.mark.parametrize(("origin", "advice"), [
+    @for_each(("origin", "advice"), [
         (ELSEWHERE, "--allowed-origin, or let the proxy pass on Host"), ("null", "--allowed-origin, or let the proxy"),
         ("https://127.0.0.1", "--trusted-proxy and let the proxy send X-Forwarded-Proto")])
     def test_a_refused_origin_is_logged_with_the_host_and_what_to_do(self, server, caplog, origin, advice):
@@ -9338,15 +9344,14 @@ class TestHttpTransport:
         assert "POST" in answer.headers["access-control-allow-methods"]
         assert {"Content-Type", "X-Requested-With"} <= set(answer.headers["access-control-allow-headers"].split(", "))
 
-    @pytest.mark.parametrize(("asked", "is_allowed"), [("pragma", True), ("authorization, x-a", True), ("a b", False),
-                                                       ("a,", False)])
+    @for_each(("asked", "is_allowed"), [("pragma", True), ("authorization, x-a", True), ("a b", False), ("a,", False)])
     def test_a_preflight_allows_the_headers_it_asks_for(self, serve, asked, is_allowed):
         """T6: Faye's XHR sends Pragma, and Chromium asks first."""
         answer = self.ask_from_origin(serve(allowed_origins=[self.ELSEWHERE]), "OPTIONS", Origin=self.ELSEWHERE,
                           Access_Control_Request_Method="POST", Access_Control_Request_Headers=asked)
         assert answer.headers["access-control-allow-headers"].endswith(", " + asked) == is_allowed
 
-    @pytest.mark.parametrize("method", ["POST", "OPTIONS"])
+    @for_each("method", ["POST", "OPTIONS"])
     def test_any_origin_comes_without_credentials(self, serve, method):
         """T6"""
         answer = self.ask_from_origin(serve(allowed_origins=["*"]), method, Origin=self.ELSEWHERE)
@@ -9361,7 +9366,7 @@ class TestHttpTransport:
             assert answer.status == 400
             assert answer.headers["access-control-allow-origin"] == self.ELSEWHERE
 
-    @pytest.mark.parametrize("headers", [
+    @for_each("headers", [
         {"Referer": "https://elsewhere.example/page"}, {"Sec_Fetch_Site": "cross-site"},
         {"Sec_Fetch_Site": "same-site"}, {"Referer": "http://["}, {"Referer": "http://127.0.0.1:8080/"},
         {"Referer": "about:blank"}, {"Referer": ""}, {"Referer": "https://127.0.0.1/"}, {"Referer": "x://127.0.0.1/"},
@@ -9387,7 +9392,7 @@ class TestHttpTransport:
         """T10"""
         assert self.ask_from_origin(serve(allowed_origins=["*"]), "GET", jsonp_target(PING)).status == 200
 
-    @pytest.mark.parametrize("headers", [
+    @for_each("headers", [
         {"Origin": "http://127.0.0.1"},
         {"Referer": "http://127.0.0.1/page"}, {"Referer": "http://127.0.0.1?x"},
         {"Sec_Fetch_Site": "same-origin"}, {"Sec_Fetch_Site": "none"},
@@ -9420,7 +9425,7 @@ class TestHttpTransport:
         reply, = core.ask(core.connect_message(client_id, connectionType=self.TYPE))
         assert reply["error"].startswith("400:")
 
-    @pytest.mark.parametrize("origins", [["*"], ["https://good.example"]])
+    @for_each("origins", [["*"], ["https://good.example"]])
     def test_offered_where_one_is(self, origins):
         core = CorePeer(allowed_origins=origins)
         assert self.offer_types(core, self.TYPE)["supportedConnectionTypes"] == [self.TYPE]
@@ -9454,14 +9459,14 @@ class TestHttpTransport:
         (tmp_path / "index.html").write_text("page")
         return lambda **options: serve(docroot=str(tmp_path), **options)
 
-    @pytest.mark.parametrize("host", [
+    @for_each("host", [
         "127.0.0.1", "localhost", "LocalHost:8080", "localhost.", "app.localhost", "10.1.2.3:80", "[::1]",
         "[2001:DB8::1]:81", "[::ffff:1.2.3.4]", "127.0.0.1:"])
     def test_addresses_and_localhost_pass(self, page, host):
         assert self.ask_host(page(), host).status == 200
 
-    @pytest.mark.parametrize("host", ["evil.example", "evil.example:8080", "localhost.evil.example", "notlocalhost",
-                                      "127.0.0.1.evil.example", "1", "0x7f.1", "127.1", "a_b~c", "%61", "1.2.3.4.5"])
+    @for_each("host", ["evil.example", "evil.example:8080", "localhost.evil.example", "notlocalhost",
+                       "127.0.0.1.evil.example", "1", "0x7f.1", "127.1", "a_b~c", "%61", "1.2.3.4.5"])
     def test_another_name_is_misdirected_on_a_loopback_address(self, page, host, caplog):
         """RFC 9110, 421: for files, content handlers, and every transport of Bayeux."""
         caplog.set_level(logging.INFO)
@@ -9501,16 +9506,16 @@ class TestHttpTransport:
         assert [self.ask_host(server, host).status for host in ("evil.example", "example.org", "10.0.0.1")] == [
             421, 200, 200]
 
-    @pytest.mark.parametrize(("address", "is_local"), [
+    @for_each(("address", "is_local"), [
         ("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("::ffff:127.0.0.1", True), ("0.0.0.0", False),
         ("::", False), ("10.0.0.1", False), ("fe80::1%lo", False), ("::ffff:10.0.0.1", False)])
     def test_what_is_a_loopback_address(self, address, is_local):
         assert bayeux_server.is_loopback(address) == is_local
 
-    @pytest.mark.parametrize("host", [
+    @for_each("host", [
         "", " ", "a b", "a/b", "user@a", "a:b", "a:-1", "a:123456", "a:80:80", "[::1", "::1", "[]", "[1.2.3.4]",
         "[::1]x", "[::1%25eth0]", "[v1.a]", "a,b\"c", "<a>", "%zz", "\xfc", ".", ":80", "x" * 256, "http://a"])
-    @pytest.mark.parametrize("version", ["1.1", "1.0"])
+    @for_each("version", ["1.1", "1.0"])
     def test_what_is_no_host_is_400(self, page, host, version):
         """RFC 9112: an invalid Host is 400.  Whatever may be allowed, and whatever the version."""
         with Wire(page(allowed_hosts=["*"])) as wire:
@@ -9523,7 +9528,7 @@ class TestHttpTransport:
         assert [self.ask_host(server, host, version="1.0").status for host in (None, "evil.example")] == [200, 421]
         assert self.ask_host(server, None).status == 400
 
-    @pytest.mark.parametrize(("target", "host", "status"), [
+    @for_each(("target", "host", "status"), [
         ("http://localhost/", "evil.example", 200), ("HTTP://127.0.0.1:8080", "localhost", 200),
         ("hTTps://[::1]/?query", "localhost", 200), ("http://localhost?query", "localhost", 200),
         ("http://evil.example/", "localhost", 421), ("HTTP://evil.example", "localhost", 421),
@@ -9568,8 +9573,8 @@ class TestHttpTransport:
             wire.send_post(PING)
             assert "set-cookie" not in wire.read_answer().headers
 
-    @pytest.mark.parametrize("cookie", ["BAYEUX_BROWSER=", "BAYEUX_BROWSER=a b", "XBAYEUX_BROWSER=abc", "=;=;",
-                                        "BAYEUX_BROWSER=" + "x" * 65, "BAYEUX_BROWSER=<script>"])
+    @for_each("cookie", ["BAYEUX_BROWSER=", "BAYEUX_BROWSER=a b", "XBAYEUX_BROWSER=abc", "=;=;",
+                         "BAYEUX_BROWSER=" + "x" * 65, "BAYEUX_BROWSER=<script>"])
     def test_a_strange_cookie_is_none(self, server, cookie):
         """T7"""
         with Wire(server) as wire:
@@ -9767,7 +9772,7 @@ class TestHttpTransport:
             assert connection.group == group
             client.close()
 
-    @pytest.mark.parametrize("forwarded, address", [
+    @for_each("forwarded, address", [
         ("9.9.9.9", "9.9.9.9"), ("8.8.8.8, 9.9.9.9", "9.9.9.9"), ("9.9.9.9, 10.1.2.3", "9.9.9.9"),
         ("8.8.8.8,9.9.9.9,10.1.2.3, 10.4.5.6", "9.9.9.9"), ("10.1.2.3", "10.1.2.3"),
         (None, "127.0.0.1"), ("", "127.0.0.1"), ("2001:db8::1", "2001:db8::1"), (", ,", "127.0.0.1")])
@@ -9832,7 +9837,7 @@ class TestHttpTransport:
     def fail(self, request):
         raise RuntimeError("handler")
 
-    @pytest.mark.parametrize("handler", [
+    @for_each("handler", [
         fail, lambda self, request: None, lambda self, request: 7,
         lambda self, request: bayeux_server.Response(7)], ids=["raises", "None", "number", "body"])
     def test_a_handler_that_fails_gets_500_and_a_line_in_the_log(self, serve, errors, handler):
@@ -9841,7 +9846,7 @@ class TestHttpTransport:
             assert wire.request("GET", "/bad").status == 500
         assert len(errors.take()) == 1
 
-    @pytest.mark.parametrize("status", [204, 304])
+    @for_each("status", [204, 304])
     def test_an_answer_without_a_body(self, serve, status):
         server = serve(content_handlers={"/none": lambda request: bayeux_server.Response(None, status)})
         with Wire(server) as wire:
@@ -9856,7 +9861,7 @@ class TestHttpTransport:
             assert "set-cookie" not in headers
             assert headers["location"] == "/  Set-Cookie: a=b   \tc"
 
-    @pytest.mark.parametrize("response", [
+    @for_each("response", [
         *[{"status": status} for status in (None, "200", True, 0, 100, 101, 199, 600, 1000, 200.5)],
         *[{"headers": {name: "x"}} for name in ("", "a b", "a:", "a\r\nb", "\u00fc", "a\0", "(", 1, None)]], ids=repr)
     def test_what_is_no_status_or_name_is_the_application_s_failure(self, serve, errors, response):
@@ -9877,7 +9882,7 @@ class TestHttpTransport:
             assert (answer.status, answer.body) == (500, b"post_handle failed\n")
         assert len(errors.take()) == 1
 
-    @pytest.mark.parametrize("status", [200, 299, 404, 599, http.HTTPStatus.CREATED])
+    @for_each("status", [200, 299, 404, 599, http.HTTPStatus.CREATED])
     def test_any_final_status_passes(self, serve, status):
         server = serve(content_handlers={"/": lambda request: bayeux_server.Response("x", status)})
         with Wire(server) as wire:
@@ -9932,7 +9937,7 @@ class TestHttpTransport:
         with Wire(serve(docroot=str(tmp_path), post_handle=lambda request, response: None)) as wire:
             assert wire.request("GET", "/file.txt").body == b"file"
 
-    @pytest.mark.parametrize("body", [bytearray(b"text"), "raise"], ids=["bytearray", "raises"])
+    @for_each("body", [bytearray(b"text"), "raise"], ids=["bytearray", "raises"])
     def test_one_that_fails_harms_only_its_answer(self, serve, errors, body):
         def post_handle(request, response):
             if body == "raise":
@@ -9949,7 +9954,7 @@ class TestHttpTransport:
     # T4, over real sockets.
 
     # -- The upgrade -----------------------------------------------------------------------
-    @pytest.mark.parametrize(("changes", "status"), [
+    @for_each(("changes", "status"), [
         ({}, 101),
         ({"Upgrade": "WebSocket"}, 101),
         ({"Connection": "keep-alive, Upgrade"}, 101),
@@ -9987,7 +9992,7 @@ class TestHttpTransport:
             for origin in ("https://bad.example", "http://good.example", "https://good.example.bad.example", "null"):
                 assert wire.request("GET", "/cometd", **upgrade_headers(Origin=origin)).status == 403
 
-    @pytest.mark.parametrize("origin", ["https://good.example", "http://127.0.0.1", None])
+    @for_each("origin", ["https://good.example", "http://127.0.0.1", None])
     def test_an_allowed_origin_our_own_and_none_are_welcome(self, serve, origin):
         """T6"""
         server = serve(allowed_origins=["https://good.example"])
@@ -10059,7 +10064,7 @@ class TestHttpTransport:
                 "channel": "/a", "clientId": peer.id, "data": "x", "id": number}).encode()) for number in range(200)))
             assert [peer.read_batch()[0]["id"] for _ in range(200)] == list(range(200))
 
-    @pytest.mark.parametrize("text", ["", "x", "[", "[]", "null", '"x"', '{"a": 1, "a": 2}', "[NaN]", "[" * 200])
+    @for_each("text", ["", "x", "[", "[]", "null", '"x"', '{"a": 1, "a": 2}', "[NaN]", "[" * 200])
     def test_what_holds_no_batch_is_refused_and_the_socket_lives(self, server, text):
         """G5"""
         with SocketWire(server) as wire:
@@ -10070,7 +10075,7 @@ class TestHttpTransport:
             assert batch[0]["error"].startswith("400:")
             assert wire.ask_batch({"channel": "/meta/handshake", "version": "1.0"})[0]["successful"]
 
-    @pytest.mark.parametrize("letter", ["x", "é", "☃"])
+    @for_each("letter", ["x", "é", "☃"])
     def test_a_message_too_large_is_refused_and_its_neighbours_are_not(self, serve, letter):
         """T4: bytes are counted, whatever the characters"""
         with SocketPeer(serve(max_message_size=3000)) as peer:
@@ -10365,7 +10370,7 @@ class TestHttpTransport:
 
     # -- The end ---------------------------------------------------------------------------
 
-    @pytest.mark.parametrize("payload", [b"", b"\x03\xe8", b"\x03\xe9going", b"\x0f\xa0mine"])
+    @for_each("payload", [b"", b"\x03\xe8", b"\x03\xe9going", b"\x0f\xa0mine"])
     def test_a_close_is_answered_with_its_own_code(self, server, payload):
         with SocketWire(server) as wire:
             wire.send_frame(CLOSE_FRAME, payload)
@@ -10380,7 +10385,7 @@ class TestHttpTransport:
             assert peer.read_frame() is None
             assert [session.id for session in server.sessions] == [peer.id]
 
-    @pytest.mark.parametrize(("data", "code"), [
+    @for_each(("data", "code"), [
         (b"\x81\x02hi", 1002),
         (masked(TEXT_FRAME, b"", reserved=0x40), 1002),
         (masked(0, b"x"), 1002),
@@ -10513,7 +10518,7 @@ class TestHttpTransport:
                 assert wire.post({"channel": "/a", "clientId": client_id, "data": "x\u2028\r\ny"})[0]["successful"]
                 assert stream.read_batch() == [{"channel": "/a", "data": "x\u2028\r\ny"}]
 
-    @pytest.mark.parametrize(("options", "interval"), [
+    @for_each(("options", "interval"), [
         ({}, 30_000), ({"timeout": 10}, 10_000), ({"connect_timeout": 8}, 4_000),
         ({"timeout": 10, "interval": 12}, 12_000)])
     def test_a_connect_is_answered_at_once_with_a_long_interval(self, serve, options, interval):
@@ -10578,7 +10583,7 @@ class TestHttpTransport:
             peer.publish("/a", "polled")
             assert [event["data"] for event in peer.connect()[1:]] == ["polled"]
 
-    @pytest.mark.parametrize("end", ["unknown", "ended"])
+    @for_each("end", ["unknown", "ended"])
     def test_a_stream_without_a_session_is_refused_so_that_the_browser_gives_it_up(self, server, end):
         """It would come again after every 200, for ever."""
         with Peer(server) as peer:
@@ -10725,7 +10730,7 @@ class TestHttpTransport:
             bob.ask("/a", data=number)
         assert ann.receive(50) == list(range(50))
 
-    @pytest.mark.parametrize("data", [None, False, 0, "", [], {}, "\u2028", "a" * 5000])
+    @for_each("data", [None, False, 0, "", [], {}, "\u2028", "a" * 5000])
     def test_every_json_value_arrives(self, medium, data):
         """G4"""
         ann = medium()()
@@ -10781,7 +10786,7 @@ class TestFiles:
         answer = get("/digits.txt", "OPTIONS")
         assert (answer.status, answer.headers["allow"]) == (204, "GET, HEAD, OPTIONS")
 
-    @pytest.mark.parametrize("name, mime_type", [
+    @for_each("name, mime_type", [
         ("x.html", "text/html; charset=utf-8"), ("x.js", "text/javascript; charset=utf-8"),
         ("x.mjs", "text/javascript; charset=utf-8"), ("x.css", "text/css; charset=utf-8"),
         ("x.json", "application/json"), ("x.svg", "image/svg+xml"), ("x.wasm", "application/wasm"),
@@ -10809,7 +10814,7 @@ class TestFiles:
         answer = get("/folder?query")
         assert (answer.status, answer.headers["location"]) == (301, "/folder/?query")
 
-    @pytest.mark.parametrize("target", ["//elsewhere.example/..", "//folder", "/%2ffolder", "/%5cfolder", "///"])
+    @for_each("target", ["//elsewhere.example/..", "//folder", "/%2ffolder", "/%5cfolder", "///"])
     def test_a_redirect_never_leads_elsewhere(self, get, target):
         answer = get(target)
         assert answer.status in (400, 404)
@@ -10841,7 +10846,7 @@ class TestFiles:
                 assert b"secret" not in answer.body, target
                 assert str(get.server.options.docroot).encode() not in answer.body, target
 
-    @pytest.mark.parametrize("target", ["/#x", "/bare/#x", "/bare/#", "/trap/#x", "/trap/#/", "/bare/?#", "/bare#/"])
+    @for_each("target", ["/#x", "/bare/#x", "/bare/#", "/trap/#x", "/trap/#/", "/bare/?#", "/bare#/"])
     def test_a_fragment_opens_nothing(self, get, target):
         """http.server cuts it off, behind the back of whoever has looked at the path."""
         answer = get_raw(get.server, target)
@@ -10878,7 +10883,7 @@ class TestFiles:
         if request.param == "whole path":       # as on Windows
             monkeypatch.setattr(os, "supports_dir_fd", set())
 
-    @pytest.mark.parametrize("changed", ["folder/secret.txt", "folder"])
+    @for_each("changed", ["folder/secret.txt", "folder"])
     def test_a_link_that_appears_after_the_check_is_not_followed(self, get, site, way_of_opening, when_checked,
                                                                  changed):
         def flip():
@@ -10911,7 +10916,7 @@ class TestFiles:
         answer = get("/folder/secret.txt")
         assert answer.status == 404 and b"secret" not in answer.body
 
-    @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+    @for_each("make", [os.mkfifo, os.mkdir])
     def test_what_takes_the_place_of_a_file_after_the_check_is_not_found(self, get, site, way_of_opening, when_checked,
                                                                          make):
         """A pipe is not waited for, either."""
@@ -10922,7 +10927,7 @@ class TestFiles:
         when_checked(site / "digits.txt", exchange)
         assert get("/digits.txt").status == 404
 
-    @pytest.mark.parametrize(("number", "status"), [(errno.EMFILE, 503), (errno.ENFILE, 503), (errno.EACCES, 404)])
+    @for_each(("number", "status"), [(errno.EMFILE, 503), (errno.ENFILE, 503), (errno.EACCES, 404)])
     def test_a_file_that_cannot_be_opened_now_is_there_all_the_same(self, get, monkeypatch, number, status):
         """A proxy, or a search engine, would keep the 404."""
         def fail(*arguments, **options):
@@ -10932,7 +10937,7 @@ class TestFiles:
         answer = get("/digits.txt")
         assert (answer.status, "retry-after" in answer.headers) == (status, status == 503)
 
-    @pytest.mark.parametrize(("asked", "status"), [
+    @for_each(("asked", "status"), [
         ("/folder/long%20name.txt", 200), ("/folder/LONGNA~1.TXT", 404), ("/FOLDER/long%20name.txt", 404),
         ("/folder/%C3%BC.txt", 200), ("/folder/long%20name.txt/", 404), ("/folder/long%20name.txt/x", 404)])
     def test_a_name_must_be_spelled_as_its_folder_lists_it(self, get, site, monkeypatch, asked, status):
@@ -10964,7 +10969,7 @@ class TestFiles:
         for form in ("%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"):         # RFC 9110: MUST be understood, too
             assert get("/digits.txt", If_Modified_Since=moment.strftime(form)).status == 304
 
-    @pytest.mark.parametrize("asked, content, content_range", [
+    @for_each("asked, content, content_range", [
         ("bytes=2-4", b"234", "bytes 2-4/10"), ("bytes=0-0", b"0", "bytes 0-0/10"),
         ("bytes=7-", b"789", "bytes 7-9/10"),
         ("bytes=-3", b"789", "bytes 7-9/10"), ("bytes=-99", b"0123456789", "bytes 0-9/10"),
@@ -10973,13 +10978,13 @@ class TestFiles:
         answer = get("/digits.txt", Range=asked)
         assert (answer.status, answer.body, answer.headers["content-range"]) == (206, content, content_range)
 
-    @pytest.mark.parametrize("asked", ["bytes=10-", "bytes=99-100", "bytes=-0"])
+    @for_each("asked", ["bytes=10-", "bytes=99-100", "bytes=-0"])
     def test_a_range_outside_of_the_file(self, get, asked):
         answer = get("/digits.txt", Range=asked)
         assert (answer.status, answer.headers["content-range"]) == (416, "bytes */10")
 
-    @pytest.mark.parametrize("asked", ["bytes=0-1,4-5", "bytes=", "bytes=-", "bytes=a-b", "lines=1-2", "bytes=5-2",
-                                       "bytes=1-" + "9" * 5000, "bytes=--1", ""], ids=lambda asked: asked[:20])
+    @for_each("asked", ["bytes=0-1,4-5", "bytes=", "bytes=-", "bytes=a-b", "lines=1-2", "bytes=5-2",
+                        "bytes=1-" + "9" * 5000, "bytes=--1", ""], ids=lambda asked: asked[:20])
     def test_ranges_that_mean_nothing_here_are_ignored(self, get, asked):
         """RFC 9110: also one whose end is before its beginning.  Several ranges: the whole file is a valid answer."""
         answer = get("/digits.txt", Range=asked)
@@ -11327,8 +11332,7 @@ class TestServer:
         assert "    RuntimeError: " in log
         assert all(re.match(r"\d{4}-\d\d-\d\d |    ", line) for line in log.splitlines()), "entries and tracebacks only"
 
-    @pytest.mark.parametrize(("text", "arguments"), [("%d", ("no number",)), ("%", (1,)), ("%(a)s", ({},)),
-                                                    ("%s %s", (1,))])
+    @for_each(("text", "arguments"), [("%d", ("no number",)), ("%", (1,)), ("%(a)s", ({},)), ("%s %s", (1,))])
     def test_a_wrong_call_of_the_logger_is_left_to_its_handlers(self, text, arguments):
         record = logging.LogRecord("name", logging.INFO, "", 1, text, arguments, None)
         assert bayeux_server.make_printable(record) is True and record.msg == text
@@ -11392,7 +11396,7 @@ class TestServer:
             server.publish("/a/b", "unheard")
             assert peer.poll()[1:] == []
 
-    @pytest.mark.parametrize(("call", "code"), [
+    @for_each(("call", "code"), [
         (lambda server: server.subscribe("/a", "nobody"), 402),
         (lambda server: server.unsubscribe("/a", "nobody"), 402),
         (lambda server: server.client_push("nobody", "/a", 1), 402), (lambda server: server.publish("/a/*", 1), 405),
@@ -11627,9 +11631,9 @@ class TestServer:
         assert server.watch.has_ended.is_set() and not server._wait.is_alive()
         return True
 
-    @pytest.mark.parametrize("place", ["callback", "on_end", "listener", "service", "message_acl", "extension",
-                                       "content_handler", "post_handle"])
-    @pytest.mark.parametrize("kind", [Peer, SocketPeer])
+    @for_each("place", ["callback", "on_end", "listener", "service", "message_acl", "extension",
+                        "content_handler", "post_handle"])
+    @for_each("kind", [Peer, SocketPeer])
     def test_the_applications_code_may_stop_the_server_and_its_client_is_answered(self, serve, place, kind):
         """The stop would wait for the code, and the code for the stop, until `grace` is over."""
         called = []
@@ -11675,7 +11679,7 @@ class TestServer:
             assert seen == [True]
         server.shutdown()
 
-    @pytest.mark.parametrize("failing", ["core.stop", "_wait.stop", "http.close_streams", "watch.stop_accepting"])
+    @for_each("failing", ["core.stop", "_wait.stop", "http.close_streams", "watch.stop_accepting"])
     def test_a_step_of_stopping_that_fails_leaves_none_of_the_others_out(self, serve, errors, monkeypatch, failing):
         def fail(*arguments):
             raise SystemExit(failing)
@@ -12015,7 +12019,7 @@ class TestCommandLine:
         assert set(option_fields()) - typed == {"tls_context", "extensions", "services", "message_acl", "callback",
                                          "content_handlers", "post_handle"}
 
-    @pytest.mark.parametrize(("flag", "value", "allowed"), [
+    @for_each(("flag", "value", "allowed"), [
         ("--port", "70000", "0 to 65535"), ("--port", "http", "0 to 65535"), ("--path", "cometd", "absolute path"),
         ("--docroot", "/no such folder", "folder that exists"), ("--type-expires", "image/png", "image/png=3600"),
         ("--type-expires", "png=1", "image/png=3600"), ("--timeout", "-1", "seconds, 0 or more"),
@@ -12035,7 +12039,7 @@ class TestCommandLine:
         assert run.returncode == 2 and run.stdout == ""
         assert "port" in run.stderr and "70000" in run.stderr and "Traceback" not in run.stderr
 
-    @pytest.mark.parametrize("flag", ["--unknown", "--services=x", "word"])
+    @for_each("flag", ["--unknown", "--services=x", "word"])
     def test_an_unknown_flag_is_refused(self, exit_of_main, flag):
         status, text = exit_of_main(flag)
         assert status == 2 and flag in text
@@ -12074,7 +12078,7 @@ class TestCommandLine:
                              program.text)
             assert program.stop() == 0
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @for_each("number", [signal.SIGINT, signal.SIGTERM])
     def test_a_signal_stops_it_cleanly(self, number):
         with Program() as program, Peer(program) as peer, Peer(program) as held:
             # Once the older of two connects on one connection is answered and another request after that,
@@ -12123,7 +12127,7 @@ class TestCommandLine:
             assert [event["data"]["user"] for event in events] == ["anna", "anna", "autobot"]
             assert events[2]["data"]["chat"] == "I heard anna say: Hello"
 
-    @pytest.mark.parametrize("data", [None, 1, "text", [], {}, {"chat": 1}, {"chat": {}}, {"user": [], "chat": "a"}])
+    @for_each("data", [None, 1, "text", [], {}, {"chat": 1}, {"chat": {}}, {"user": [], "chat": "a"}])
     def test_the_bot_bears_every_kind_of_data(self, program, data):
         with Peer(program) as peer:
             peer.publish("/chat/demo", data)
@@ -12133,7 +12137,7 @@ class TestCommandLine:
             while "I heard anna say: still there?" not in texts:
                 texts += [event["data"].get("chat") for event in peer.connect()[1:]]
 
-    @pytest.mark.parametrize(("user", "name"), [("x" * 60_000, "x" * 40), (["anna"] * 1000, "somebody")])
+    @for_each(("user", "name"), [("x" * 60_000, "x" * 40), (["anna"] * 1000, "somebody")])
     def test_the_bot_says_no_more_of_a_name_than_fits(self, program, user, name):
         with Peer(program) as peer:
             peer.subscribe("/chat/demo")
@@ -12172,7 +12176,7 @@ class TestCommandLine:
                 lists += [event["data"]["members"] for event in anna.connect()[1:]]
             assert lists == [["autobot", "bob"], ["autobot"]]
 
-    @pytest.mark.parametrize("user", ["", "  ", "x" * 41, 1, True, [], {}])
+    @for_each("user", ["", "  ", "x" * 41, 1, True, [], {}])
     def test_a_member_needs_a_name(self, program, user):
         with Peer(program) as peer:
             assert peer.ask("/service/members", data={"user": user})["error"].startswith("400:/service/members:")
@@ -12282,7 +12286,7 @@ class TestCommandLine:
 class TestPage:
     """index.html, as far as it can be judged without a browser; .ci/page uses it in one."""
 
-    @pytest.mark.parametrize("tag", ["script", "style"])
+    @for_each("tag", ["script", "style"])
     def test_its_policy_names_its_own_scripts_and_style_and_no_others(self, tag):
         """After an edit of one, this says the hash that belongs into the policy."""
         policy = re.search(r'Content-Security-Policy" content="([^"]*)"', PAGE)[1]
@@ -12384,7 +12388,7 @@ class TestReadme:
         assert lines(measured.strip()) == lines(shown.strip())
         assert re.search(r"threads +(\d+) \(\1 without them\)", measured)
 
-    @pytest.mark.parametrize("block", [block for block in readme_blocks("sh") if "python bayeux_server.py" in block])
+    @for_each("block", [block for block in readme_blocks("sh") if "python bayeux_server.py" in block])
     def test_its_start_commands_work(self, block, tmp_path):
         folder = tmp_path / "project"
         folder.mkdir()
