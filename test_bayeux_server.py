@@ -5,9 +5,7 @@
     python test_bayeux_server.py         # the same
 
 The core is driven with plain dicts and a clock that the test winds; the rest by real sockets on
-127.0.0.1.  Rules are named by the numbers they have in the project: the letter is their subject (N names,
-G messages, H handshake, C connect, S subscribe, P publish, V services, X disconnect, T transports,
-E extensions).  An error that the server logs and no test expects fails that test.
+127.0.0.1.  An error that the server logs and no test expects fails that test.
 """
 from __future__ import annotations
 
@@ -943,7 +941,7 @@ def whole_post(*messages, **options):
 
 
 def is_bayeux_failure(answer):
-    """T5: whatever the status, the body is a Bayeux array with one failure."""
+    """Whatever the status, the body is a Bayeux array with one failure."""
     failure, = answer.batch
     return failure["successful"] is False and failure["error"].count(":") >= 2
 
@@ -1130,7 +1128,7 @@ def parts_of_page(tag):
 class TestChannels:
 
     def test_a_segment_holds_letters_digits_and_eight_signs(self):
-        """N1: tried with every character up to U+02FF, and some that look like digits and letters."""
+        """Tried with every character up to U+02FF, and some that look like digits and letters."""
         allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_!~()$@/")
         for character in [chr(code) for code in range(0x300)] + ["\u0661", "\uff21", "\u2028", "\U0001f600"]:
             name = f"/a{character}b"
@@ -1140,20 +1138,19 @@ class TestChannels:
     @for_each("name", ["", "/", "a", "a/b", "//", "//a", "/a/", "/a//b", "/a\n", "\n/a", " /a", "/a ",
                        "/a.b", "/a+b", "/a%20b", "/a b", "/\u00e4", "/a?", "/a#b", "/../a"])
     def test_a_malformed_name_is_no_channel(self, name):
-        """N1: no empty segment, no trailing slash, no other characters."""
+        """No empty segment, no trailing slash, no other characters."""
         assert not bayeux_server.is_channel_name(name)
         assert not bayeux_server.is_channel_pattern(name)
 
     @for_each("pattern", ["/*", "/**", "/chat/*", "/chat/**", "/a/b/c/**"])
     def test_a_wildcard_may_be_the_last_segment(self, pattern):
-        """N2: and then it is a pattern, but no name."""
+        """And then it is a pattern, but no name."""
         assert bayeux_server.is_channel_pattern(pattern)
         assert not bayeux_server.is_channel_name(pattern)
 
     @for_each("pattern", ["*", "**", "/*/demo", "/**/demo", "/*/*", "/**/**", "/a*", "/*a", "/a/b*",
                           "/***", "/a/***", "/a/*/", "/a**", "/a/*b/c"])
     def test_a_wildcard_anywhere_else_is_no_pattern(self, pattern):
-        """N2"""
         assert not bayeux_server.is_channel_pattern(pattern)
 
     @for_each(("pattern", "matching", "others"), [
@@ -1164,7 +1161,7 @@ class TestChannels:
         ("/chat/demo", ["/chat/demo"], ["/chat", "/chat/demo/sub", "/Chat/demo", "/chat/demo2"]),
     ])
     def test_the_originals_patterns(self, core, pattern, matching, others):
-        """N2: which channels a pattern receives."""
+        """Which channels a pattern receives."""
         subscriber = core.handshake()
         core.subscribe(subscriber, pattern)
         for channel in others + matching:
@@ -1172,7 +1169,7 @@ class TestChannels:
         assert [event["channel"] for event in core.events(subscriber)] == matching
 
     def test_patterns_matching_agrees_with_the_grammar_read_naively(self):
-        """N2: every name of up to three segments against every pattern of up to four."""
+        """Every name of up to three segments against every pattern of up to four."""
         def matches(pattern, name):
             wanted, given = pattern.split("/")[1:], name.split("/")[1:]
             if wanted[-1] == "*":
@@ -1191,7 +1188,6 @@ class TestChannels:
             assert set(registry.subscribers(name)) == {pattern for pattern in patterns if matches(pattern, name)}
 
     def test_no_wildcard_receives_meta_or_service_messages(self, core):
-        """N2, V1"""
         core.core.services["echo"] = lambda message: {"data": "echoed"}
         watcher, caller = core.handshake(), core.handshake()
         core.subscribe(watcher, "/**", "/*")
@@ -1218,7 +1214,7 @@ class TestChannels:
         assert len({id(pattern) for session in core.core.sessions.values() for pattern in session.patterns}) == 1
 
     def test_a_name_longer_than_the_limit_is_refused(self, core):
-        """N1: a name of n segments costs n look-ups, so there is a bound."""
+        """A name of n segments costs n look-ups, so there is a bound."""
         longest = "/" + "a" * (bayeux_server.MAX_CHANNEL_LENGTH - 1)
         client_id = core.handshake()
         core.subscribe(client_id, longest)
@@ -1517,7 +1513,7 @@ class TestBudgetsAndTurns:
     @for_each("way", ["JSON", "form", "JSONP", "websocket"])
     @for_each("count", [1000, 1001])
     def test_a_batch_has_its_limit_and_one_log_line(self, server, caplog, way, count):
-        """T11: beyond it the whole is refused, before any is handled."""
+        """Beyond it the whole is refused, before any is handled."""
         received = []
         LocalClient(server).subscribe("/a", received.append)
         caplog.set_level(logging.INFO, "bayeux_server")
@@ -1871,7 +1867,7 @@ class TestMessages:
 
     @for_each("name", REFUSALS)
     def test_every_refusal_has_code_args_and_text(self, name, caplog):
-        """G1, G2: and repeats channel, id and subscription, and leaves one line in the log."""
+        """And repeats channel, id and subscription, and leaves one line in the log."""
         options, message, code = REFUSALS[name]
         core = CorePeer(**options)
         message = message(core.handshake())
@@ -1893,7 +1889,6 @@ class TestMessages:
     @for_each("text", ["", "a:b:c", "\u00e4\u2028\n\0\"'<>&,;:", "x" * 5000, "\ud800"])
     @for_each("argument", ["", "a:b", "\u00e4\u2028\n\0\"'<>&,;:", "/" * 5000, "\ud800"])
     def test_an_error_holds_no_other_characters_whatever_it_is_about(self, argument, text):
-        """G2"""
         error = str(bayeux_server.BayeuxError(400, argument, text or "text"))
         assert ERROR_GRAMMAR.fullmatch(error)
         assert len(error) < 400
@@ -1904,7 +1899,7 @@ class TestMessages:
         ("007:a:b", "403:/a:007_a_b"), ("4030:a:b", "403:/a:4030_a_b"), ("\u0664\u0660\u0663:a:b", "403:/a:____a_b"),
     ])
     def test_an_application_refuses_by_text_or_by_a_whole_error(self, text, expected):
-        """G2: what does not begin as code:args:text is all text."""
+        """What does not begin as code:args:text is all text."""
         assert str(bayeux_server.BayeuxError.from_text(403, "/a", text)) == expected
 
     @for_each("body", [
@@ -1918,7 +1913,7 @@ class TestMessages:
         b'[{"a":' * 300 + b"1" + b"}]" * 300, b'{"a":"' + b"[" * 200,
     ], ids=lambda body: repr(body[:20]))
     def test_what_is_not_plain_json_is_refused(self, body):
-        """G5: duplicate keys, NaN, lone surrogates, deep nesting, huge numbers."""
+        """Duplicate keys, NaN, lone surrogates, deep nesting, huge numbers."""
         with pytest.raises(bayeux_server.BayeuxError) as raised:
             bayeux_server.decode_json(body)
         assert raised.value.code == 400
@@ -1928,12 +1923,11 @@ class TestMessages:
         None, True, 0, -0.5, 1e308, 10**200, "", "\u00e4\u2028\U0001f600\0", "[[[[" * 200, '"[{\\' * 200, [], {},
         [[[[[{"a": [{}]}]]]]], [[]] * 500, [{"a": "]"}] * 500, {"": {"": ""}}, "\\ud800", "\\\\uDC00 \\"])
     def test_every_other_json_value_comes_through(self, value):
-        """G4, G5: brackets in texts are not nesting, and an escaped backslash is no surrogate."""
+        """Brackets in texts are not nesting, and an escaped backslash is no surrogate."""
         for text in (json.dumps(value), json.dumps(value, ensure_ascii=False), json.dumps(value, indent=3)):
             assert bayeux_server.decode_json(text) == bayeux_server.decode_json(text.encode("utf-8")) == value
 
     def test_nesting_is_allowed_up_to_the_limit(self):
-        """G5"""
         depth = bayeux_server.MAX_JSON_DEPTH
         value = bayeux_server.decode_json("[" * depth + "]" * depth)
         assert bayeux_server.encode_json(value) == "[" * depth + "]" * depth
@@ -1951,7 +1945,7 @@ class TestMessages:
         lambda n: '"' + '\\"' * n + "[" * 101, lambda n: '"' * n + "[" * 101, lambda n: "[" * 101 + '"\\' * n,
         lambda n: '{"a' * n, lambda n: "[" * 101 + "\\" * n, lambda n: "[" * 101 + "1" * n])
     def test_hostile_text_costs_no_more_than_its_length(self, make_text):
-        """G5: sixteen times the length may not cost 256 times the time."""
+        """Sixteen times the length may not cost 256 times the time."""
         def cost(size):
             text, least = make_text(size), float("inf")
             for _ in range(3):
@@ -1964,14 +1958,14 @@ class TestMessages:
         assert cost(16_000) < 100 * max(cost(1_000), 20e-6)
 
     def test_a_batch_is_made_of_arrays_and_single_messages(self):
-        """G1: many form parameters make one batch; an empty one is refused."""
+        """Many form parameters make one batch; an empty one is refused."""
         assert bayeux_server.decode_batch([b'[{"a": 1}, 2]', '{"b": 3}', "[]", "null"]) == [{"a": 1}, 2, {"b": 3}, None]
         for texts in ([], ["[]"], ["[]", "[]"]):
             with pytest.raises(bayeux_server.BayeuxError, match="400"):
                 bayeux_server.decode_batch(texts)
 
     def test_each_message_of_a_batch_gets_one_reply_in_order(self, core):
-        """G1: whatever is wrong with it, and its neighbours are none the worse."""
+        """Whatever is wrong with it, and its neighbours are none the worse."""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         replies = core.ask(
@@ -1989,7 +1983,6 @@ class TestMessages:
         assert [event["data"] for event in core.events(client_id)] == ["good"]
 
     def test_each_message_of_a_batch_acts_for_its_own_client(self, core):
-        """G1"""
         first, second = core.handshake(), core.handshake()
         replies = core.ask({"channel": "/meta/subscribe", "clientId": first, "subscription": "/a"},
                            {"channel": "/meta/disconnect", "clientId": second},
@@ -2006,12 +1999,12 @@ class TestMessages:
         {"channel": "/meta/handshake", "version": "1.0"}, {"channel": "/meta/handshake"}, {"channel": "/service/none"},
         {"channel": "/meta/ping"}])
     def test_a_reply_carries_exactly_the_id_that_came(self, core, message, id):
-        """N4: CometD's clients stop polling without it."""
+        """CometD's clients stop polling without it."""
         reply, = core.ask({"clientId": core.handshake(), **message, "id": id}, may_hold=False)
         assert reply["id"] == id and type(reply["id"]) is type(id)
 
     def test_no_id_in_no_id_out(self, core):
-        """N4: a null id is none."""
+        """A null id is none."""
         client_id = core.handshake()
         for message in ({"channel": "/a", "data": 1}, {"channel": "/meta/subscribe", "subscription": "/a"},
                         {"channel": "/a"}, {"channel": "/meta/ping"}):
@@ -2025,7 +2018,7 @@ class TestMessages:
     @for_each("channel", ["/meta/handshake", "/meta/connect", "/meta/subscribe", "/meta/unsubscribe",
                           "/meta/disconnect", "/meta/ping", "/a", "/service/echo"])
     def test_a_wrong_type_in_any_field_gets_a_clear_answer(self, channel, field):
-        """G1, G2, G3: one well-formed reply, no failure of ours, and other sessions notice nothing."""
+        """One well-formed reply, no failure of ours, and other sessions notice nothing."""
         core = CorePeer(services={"echo": lambda message: {"data": message.get("data")}})
         other = core.handshake()
         core.subscribe(other, "/other")
@@ -2044,7 +2037,7 @@ class TestMessages:
 
     @for_each("ext", [*NOT_JSON_OBJECTS, {"unheard of": [1, {}]}])
     def test_an_ext_of_any_type_harms_nothing(self, core, ext):
-        """G3: one that is no object is ignored (it killed the original)."""
+        """One that is no object is ignored (it killed the original)."""
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0", "ext": ext})
         assert reply["successful"]
         client_id = reply["clientId"]
@@ -2056,7 +2049,6 @@ class TestMessages:
         assert core.ask({"channel": "/meta/disconnect", "clientId": client_id, "ext": ext})[0]["successful"]
 
     def test_unknown_fields_are_ignored(self, core):
-        """G3"""
         client_id = core.handshake(authentication="x", unheard={"of": []})
         core.subscribe(client_id, "/a")
         core.publish(client_id, "/a", unheard=1, advice={"reconnect": "none"}, successful=False, error="402::x")
@@ -2066,7 +2058,6 @@ class TestMessages:
                        {},
                        [None, [False]], {"clientId": "x", "id": 1, "channel": "/meta/connect"}])
     def test_an_event_carries_every_json_value(self, core, data):
-        """G4"""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         core.publish(client_id, "/a", data)
@@ -2074,7 +2065,7 @@ class TestMessages:
         assert event == {"channel": "/a", "data": data} and type(event["data"]) is type(data)
 
     def test_an_event_carries_nothing_else_of_the_publishers_message(self, core):
-        """G4: never its clientId, by which others could act for it, never its id, which aiocometd takes for a reply."""
+        """Never its clientId, by which others could act for it, never its id, which aiocometd takes for a reply."""
         publisher, subscriber = core.handshake(), core.handshake()
         core.subscribe(subscriber, "/a")
         core.subscribe(publisher, "/a")
@@ -2084,7 +2075,7 @@ class TestMessages:
         assert core.events(subscriber) == core.events(publisher) == expected
 
     def test_events_carry_their_own_id_if_the_server_is_told_to(self):
-        """T2, SEED: one message's id never shows in another's event."""
+        """One message's id never shows in another's event."""
         core = CorePeer(forward_id=True)
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
@@ -2345,7 +2336,7 @@ class TestSessions:
     # -- Sessions ----------------------------------------------------------------------------
 
     def test_a_session_lives_connect_timeout_without_a_connect(self):
-        """C5: then it is removed as if it had disconnected."""
+        """Then it is removed as if it had disconnected."""
         core = CorePeer(connect_timeout=100)
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
@@ -2392,7 +2383,7 @@ class TestSessions:
         assert all(exchange.answer for exchange in held)
 
     def test_what_is_in_line_leaves_in_that_order(self, core):
-        """C3: with acknowledgement the replies to a session's connects are numbered, and must not overtake each other."""
+        """With acknowledgement the replies to a session's connects are numbered, and must not overtake each other."""
         clients = [core.handshake(ext={"ack": True}) for _ in range(40)]
         for client_id in clients:
             core.subscribe(client_id, "/a")
@@ -2423,7 +2414,6 @@ class TestSessions:
         assert all(len(stream.batches) == 4 for stream in streams) and len(clearings) < 60
 
     def test_a_session_that_never_connects_ends_too(self):
-        """C5"""
         core = CorePeer(connect_timeout=100)
         core.handshake(connect=False)
         core.pass_time(101)
@@ -2433,7 +2423,7 @@ class TestSessions:
                           {"channel": "/meta/subscribe", "subscription": "/a"},
                           {"channel": "/service/none"}])
     def test_any_admitted_message_renews_the_lease(self, message):
-        """C5: whatever its handler makes of it."""
+        """Whatever its handler makes of it."""
         core = CorePeer(connect_timeout=100)
         client_id = core.handshake()
         for _ in range(3):
@@ -2448,7 +2438,7 @@ class TestSessions:
         {"channel": "/denied", "data": 1}, {"channel": "/meta/nope"}, {"channel": 7}, {"channel": "/a*"},
         {"channel": "/allowed", "data": 1, "id": []}])
     def test_a_message_that_is_not_admitted_does_not_renew_it(self, message):
-        """C5: nor does it count as activity."""
+        """Nor does it count as activity."""
         core = CorePeer(connect_timeout=100,
                         message_acl=lambda session, message: "No" if message["channel"] == "/denied" else None)
         client_id = core.handshake()
@@ -2460,7 +2450,7 @@ class TestSessions:
         assert client_id not in core.core.sessions
 
     def test_a_session_does_not_end_while_its_connect_is_held(self):
-        """C5: even where timeout is longer than connect_timeout."""
+        """Even where timeout is longer than connect_timeout."""
         core = CorePeer(connect_timeout=10, timeout=1000)
         client_id = core.handshake()
         held = core.hold(client_id)
@@ -2490,7 +2480,7 @@ class TestSessions:
         assert client_id not in core.core.sessions
 
     def test_the_clock_starts_when_the_reply_has_been_written(self):
-        """C5: not when it was begun."""
+        """Not when it was begun."""
         core = CorePeer(connect_timeout=100, timeout=30)
         client_id = core.handshake()
         slow = SlowExchange(core.core)
@@ -2507,7 +2497,7 @@ class TestSessions:
         assert client_id not in core.core.sessions
 
     def test_a_late_client_is_told_why_its_session_ended(self):
-        """C1: timeout, asked, queue overflow, server shutdown."""
+        """Timeout, asked, queue overflow, server shutdown."""
         core = CorePeer(connect_timeout=100, max_queue=1)
         timed_out = core.handshake()
         core.pass_time(101)
@@ -2524,7 +2514,7 @@ class TestSessions:
             assert reason in reply["error"] and client_id in reply["error"]
 
     def test_only_so_many_ended_sessions_are_remembered(self, monkeypatch):
-        """C1: memory has a bound."""
+        """Memory has a bound."""
         monkeypatch.setattr(bayeux_server, "REMEMBERED_SESSIONS", 3)
         core = CorePeer()
         ids = [core.handshake(connect=False) for _ in range(5)]
@@ -2534,7 +2524,7 @@ class TestSessions:
         assert ["asked" in error for error in errors_told] == [False, False, True, True, True]
 
     def test_an_ended_session_leaves_nothing_behind(self, core):
-        """X1: its queue, its subscriptions and its place in the registry are gone."""
+        """Its queue, its subscriptions and its place in the registry are gone."""
         client_id = core.handshake()
         core.subscribe(client_id, "/a", "/b/*", "/**")
         core.core.publish("/a", 1)
@@ -2566,7 +2556,7 @@ class TestSessions:
         assert [event["data"] for event in core.events(diligent)] == [4]
 
     def test_events_of_one_batch_are_queued_in_the_order_of_its_messages(self, core):
-        """S3, P2: however they are put together on the way."""
+        """However they are put together on the way."""
         client_id = core.handshake()
         mine = {"clientId": client_id}
         core.subscribe(client_id, "/b")
@@ -2688,7 +2678,6 @@ class TestSessions:
         return slow
 
     def test_events_of_a_lost_reply_go_back_to_the_front_in_order(self, core):
-        """C6, P2"""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         core.core.publish("/a", 1)
@@ -2700,7 +2689,7 @@ class TestSessions:
 
     @for_each("is_written", [True, False])
     def test_a_newer_connect_waits_for_the_events_in_flight(self, core, is_written):
-        """C6, P2: it gets neither what may still arrive nor what came after that."""
+        """It gets neither what may still arrive nor what came after that."""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         core.core.publish("/a", 1)
@@ -2714,7 +2703,7 @@ class TestSessions:
         assert [event["data"] for event in newer.answer[1:]] == ([2] if is_written else [1, 2])
 
     def test_a_connect_that_is_not_held_takes_no_events_past_those_in_flight(self, core):
-        """C6, P2: neither alone nor in a batch."""
+        """Neither alone nor in a batch."""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         core.core.publish("/a", 1)
@@ -2726,7 +2715,7 @@ class TestSessions:
         assert [event["data"] for event in core.events(client_id)] == [1, 2, 3]
 
     def test_a_lost_reply_to_a_connect_that_was_not_held_loses_nothing(self, core):
-        """C6: the first connect, and one in a batch."""
+        """The first connect, and one in a batch."""
         client_id = core.handshake(connect=False)
         core.subscribe(client_id, "/a")
         core.core.publish("/a", 1)
@@ -2736,7 +2725,7 @@ class TestSessions:
         assert core.events(client_id) == []
 
     def test_a_held_connect_that_cannot_be_answered_loses_nothing(self, core):
-        """C6: again and again."""
+        """Again and again."""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         for number in range(3):
@@ -2747,7 +2736,7 @@ class TestSessions:
         assert [event["data"] for event in core.events(client_id)] == [0, 1, 2]
 
     def test_a_connection_broken_while_its_connect_was_held_loses_nothing(self, core):
-        """C6: and the session is neither polling already nor gone (the original's faults)."""
+        """And the session is neither polling already nor gone (the original's faults)."""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         held = core.hold(client_id)
@@ -2763,7 +2752,6 @@ class TestSessions:
         assert [event["data"] for event in core.events(client_id)] == ["still subscribed"]
 
     def test_a_session_whose_connection_broke_ends_after_connect_timeout(self):
-        """C5, C6"""
         core = CorePeer(connect_timeout=100, timeout=30)
         client_id = core.handshake()
         core.pass_time(50)
@@ -2777,7 +2765,7 @@ class TestSessions:
         assert held.answer is None
 
     def test_a_session_does_not_expire_with_events_in_flight(self):
-        """C5: whether they arrive decides; then the lease begins anew."""
+        """Whether they arrive decides; then the lease begins anew."""
         core = CorePeer(connect_timeout=100)
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
@@ -2793,7 +2781,6 @@ class TestSessions:
 
     @for_each("is_written", [True, False])
     def test_a_session_that_ends_with_events_in_flight_stays_ended(self, core, is_written):
-        """X1"""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         session = core.core.sessions[client_id]
@@ -2969,7 +2956,7 @@ class TestSessions:
 
     @for_each("ending", ["closing", "lost"])
     def test_what_one_socket_loses_waits_for_its_client(self, server, ending):
-        """C6: its connection is closing, or gone, when the frame is written; the others get theirs."""
+        """Its connection is closing, or gone, when the frame is written; the others get theirs."""
         peers = [SocketPeer(server) for _ in range(3)]
         for peer in peers:
             peer.subscribe("/a")
@@ -3206,7 +3193,7 @@ class TestSessions:
 
     @for_each("place", ["services", "message_acl", "extensions"])
     def test_what_was_published_does_not_wait_for_the_application(self, place):
-        """P2: an event is on its way before the code behind the next message of its batch runs."""
+        """An event is on its way before the code behind the next message of its batch runs."""
         received, seen = [], []
 
         def service(message):
@@ -3246,7 +3233,7 @@ class TestSessions:
         assert errors.take()
 
     def test_a_service_that_wants_to_exit_is_a_failing_one(self, serve, errors):
-        """V1: SystemExit is no Exception."""
+        """SystemExit is no Exception."""
         server = serve(services={"exit": lambda message: sys.exit("no"), "echo": lambda message: {"data": "echo"}},
                        client_max_connections=1)
         with Peer(server) as peer:
@@ -3284,7 +3271,7 @@ class TestProtocol:
     # -- Handshake ---------------------------------------------------------------------------
 
     def test_the_reply_has_all_its_fields(self, core):
-        """H1: and nothing more."""
+        """And nothing more."""
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0", "minimumVersion": "0.9", "id": "0",
                            "supportedConnectionTypes": ["flash", "long-polling", "callback-polling", "iframe"]})
         client_id = reply.pop("clientId")
@@ -3295,14 +3282,14 @@ class TestProtocol:
                          "advice": {"reconnect": "retry", "interval": 0, "timeout": 30_000}}
 
     def test_advice_tells_the_options_in_milliseconds(self):
-        """H1, SEED: Faye gives up a server whose advice has no timeout; a handshake advised throws in CometD."""
+        """Faye gives up a server whose advice has no timeout; a handshake advised throws in CometD."""
         core = CorePeer(timeout=12.5, interval=0.25)
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0"})
         connect, = core.ask(core.connect_message(reply["clientId"]))
         assert reply["advice"] == connect["advice"] == {"reconnect": "retry", "interval": 250, "timeout": 12_500}
 
     def test_a_client_id_is_letters_and_digits_and_never_the_same(self, core):
-        """N3: of at least 128 random bits, which is 22 characters of letters and digits."""
+        """Of at least 128 random bits, which is 22 characters of letters and digits."""
         ids = [core.handshake(connect=False) for _ in range(100)]
         assert len(set(ids)) == 100
         assert all(re.fullmatch(r"[A-Za-z0-9]{22,}", client_id) for client_id in ids)
@@ -3310,13 +3297,12 @@ class TestProtocol:
         assert all(len({client_id[place] for client_id in ids}) > 5 for place in range(len(ids[0])))
 
     def test_a_client_id_comes_from_secrets(self, core, monkeypatch):
-        """N3"""
         monkeypatch.setattr(bayeux_server.secrets, "token_hex", lambda size: "5" * size * 2)
         assert set(core.handshake(connect=False)) == {"5"}
 
     @for_each("version", ["1.0", "1", "0.9", "1.0beta", "2.0", "10.20.30", "1.a-b_c"])
     def test_any_version_is_spoken_to(self, core, version):
-        """H1: it is minimumVersion that may be too much."""
+        """It is minimumVersion that may be too much."""
         assert core.handshake(version=version)
 
     @for_each("version", [None, 1.0, 1, True, "", "x", "1.", ".1", "1..0", "v1.0", "1.0 ", "1.0\n",
@@ -3324,7 +3310,7 @@ class TestProtocol:
                           [], ["1.0"], {}, "9" * 5000])
     @for_each("field", ["version", "minimumVersion"])
     def test_what_is_no_version_is_refused(self, core, field, version):
-        """H1: a missing minimumVersion is all right."""
+        """A missing minimumVersion is all right."""
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0", field: version})
         if field == "minimumVersion" and version is None:
             assert reply["successful"]
@@ -3337,7 +3323,7 @@ class TestProtocol:
         ("0.9", True), ("1.0", True), ("1", True), ("1.0beta", True), ("0.9.9", True), ("0.10", True),
         ("1.1", False), ("1.0.1", False), ("2", False), ("2.0beta", False), ("10.0", False), ("1.10", False)])
     def test_versions_are_compared_element_by_element(self, core, oldest, is_spoken):
-        """H1: 0.10 is not 0.1, and 1.0beta comes before 1.0."""
+        """0.10 is not 0.1, and 1.0beta comes before 1.0."""
         reply, = core.ask({"channel": "/meta/handshake", "version": "3.0", "minimumVersion": oldest})
         assert reply["successful"] is is_spoken
         if not is_spoken:
@@ -3345,7 +3331,6 @@ class TestProtocol:
 
     @for_each("types", [["iframe"], [], ["LONG-POLLING"]])
     def test_no_connection_type_in_common_is_answered_with_ours(self, core, types):
-        """H1, H3"""
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0", "supportedConnectionTypes": types})
         assert error_code(reply) == 409 and "clientId" not in reply
         assert reply["supportedConnectionTypes"] == list(bayeux_server.CONNECTION_TYPES)
@@ -3354,18 +3339,17 @@ class TestProtocol:
 
     @for_each("types", [None, "long-polling", {"long-polling": 1}, ["long-polling", 5], [None], 5, True, [[]]])
     def test_connection_types_are_a_list_of_strings(self, core, types):
-        """H1"""
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0", "supportedConnectionTypes": types})
         assert error_code(reply) == 400 and reply["advice"]["reconnect"] == "none" and "clientId" not in reply
 
     @for_each("transport", ["long-polling", "callback-polling"])
     def test_without_connection_types_the_transport_speaks_for_itself(self, core, transport):
-        """H1, H5: dojo's handshake over JSONP names none."""
+        """Dojo's handshake over JSONP names none."""
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0"}, transport=transport)
         assert reply["successful"] and transport in reply["supportedConnectionTypes"]
 
     def test_a_handshake_makes_the_rest_of_its_request_void(self, core):
-        """H2: wherever it stands; its reply is the only one, so the first."""
+        """Wherever it stands; its reply is the only one, so the first."""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         reply, = core.ask({"channel": "/a", "clientId": client_id, "data": 1, "id": 1}, 5,
@@ -3376,14 +3360,13 @@ class TestProtocol:
         assert len(core.core.sessions) == 2 and core.events(client_id) == []
 
     def test_a_refused_handshake_makes_the_rest_void_too(self, core):
-        """H2"""
         client_id = core.handshake()
         reply, = core.ask({"channel": "/meta/disconnect", "clientId": client_id}, {"channel": "/meta/handshake"})
         assert error_code(reply) == 400
         assert client_id in core.core.sessions
 
     def test_a_handshake_that_names_a_live_session_leaves_it_be(self, core):
-        """H4: nobody can take over or end a session by a handshake."""
+        """Nobody can take over or end a session by a handshake."""
         old = core.handshake()
         core.subscribe(old, "/a")
         held = core.hold(old)
@@ -3396,25 +3379,24 @@ class TestProtocol:
 
     @for_each("client_id", [None, "", "unknown", 5, [], {}, True])
     def test_a_handshake_cares_for_no_client_id(self, core, client_id):
-        """H4"""
         assert core.handshake(clientId=client_id)
 
     def test_a_session_knows_its_address(self, core):
-        """SEED: for message_acl."""
+        """For message_acl."""
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0"}, address="10.9.8.7")
         assert core.core.sessions[reply["clientId"]].address == "10.9.8.7"
 
     # -- Connect -----------------------------------------------------------------------------
 
     def test_the_first_connect_is_answered_at_once_with_advice(self, core):
-        """C2: dojox, aiocometd and python-bayeux say nothing before it returns."""
+        """Dojox, aiocometd and python-bayeux say nothing before it returns."""
         client_id = core.handshake(connect=False)
         reply, = core.ask(core.connect_message(client_id, id="1"))
         assert reply == {"channel": "/meta/connect", "successful": True, "id": "1",
                          "advice": {"reconnect": "retry", "interval": 0, "timeout": 30_000}}
 
     def test_later_connects_are_held_until_there_is_an_event(self, core):
-        """C2, C4: which follows the connect reply, and that carries its id."""
+        """Which follows the connect reply, and that carries its id."""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         held = core.hold(client_id, id=7)
@@ -3426,7 +3408,7 @@ class TestProtocol:
                                {"channel": "/a", "data": "event"}]
 
     def test_later_connects_are_held_no_longer_than_timeout(self):
-        """C2: Faye gives up a server that holds longer than it advised."""
+        """Faye gives up a server that holds longer than it advised."""
         core = CorePeer(timeout=10)
         client_id = core.handshake()
         held = core.hold(client_id, id="8")
@@ -3437,7 +3419,7 @@ class TestProtocol:
         assert core.hold(client_id)
 
     def test_each_connect_is_held_anew(self):
-        """C2: an earlier deadline is none of a later connect's."""
+        """An earlier deadline is none of a later connect's."""
         core = CorePeer(timeout=10)
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
@@ -3452,7 +3434,6 @@ class TestProtocol:
         assert second.answer is not None
 
     def test_a_connect_with_waiting_events_is_not_left_waiting(self, core):
-        """C2, C4"""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         core.core.publish("/a", 1)
@@ -3466,7 +3447,7 @@ class TestProtocol:
         ({"timeout": -1}, 30), ({"timeout": "5000"}, 30), ({"timeout": True}, 30), ({"timeout": None}, 30),
         ({"timeout": [5]}, 30), ({}, 30), ([], 30), ("x", 30), (None, 30), (0, 30)])
     def test_a_smaller_timeout_of_the_clients_is_honoured(self, core, advice, seconds):
-        """C2: anything else is as if it had said nothing."""
+        """Anything else is as if it had said nothing."""
         held = core.hold(core.handshake(), advice=advice)
         core.pass_time(seconds * 0.9)
         assert held.answer is None
@@ -3474,14 +3455,13 @@ class TestProtocol:
         assert held.answer[0]["successful"]
 
     def test_a_connect_with_timeout_0_is_not_held(self, core):
-        """C2"""
         client_id = core.handshake()
         for timeout in (0, 0.0, -0.0):
             assert core.ask(core.connect_message(client_id, advice={"timeout": timeout}))[0]["successful"]
 
     @for_each("is_first", [True, False])
     def test_a_connect_that_shares_its_request_is_not_held(self, core, is_first):
-        """C2: aiocometd and Faye send it with a subscribe, and wait for both."""
+        """Aiocometd and Faye send it with a subscribe, and wait for both."""
         client_id = core.handshake()
         connect = core.connect_message(client_id, id="c")
         subscribe = {"channel": "/meta/subscribe", "clientId": client_id, "subscription": "/a", "id": "s"}
@@ -3491,19 +3471,18 @@ class TestProtocol:
 
     @for_each("other", [5, None, {}, {"channel": "/meta/nope"}, {"channel": "/meta/connect"}])
     def test_a_connect_beside_a_bad_message_is_not_held_either(self, core, other):
-        """C2, G1"""
         client_id = core.handshake()
         for messages in ([core.connect_message(client_id), other], [other, core.connect_message(client_id)]):
             replies = core.ask(*messages)
             assert sorted(reply["successful"] for reply in replies) == [False, True]
 
     def test_a_connect_with_another_request_behind_it_is_not_held(self, core):
-        """C2: on its connection; the answer to that would have to wait."""
+        """On its connection; the answer to that would have to wait."""
         client_id = core.handshake()
         assert core.ask(core.connect_message(client_id), may_hold=False)[0]["successful"]
 
     def test_a_held_connect_is_answered_when_another_request_comes_behind_it(self, core):
-        """C2: without events, which wait for the next."""
+        """Without events, which wait for the next."""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         held = core.hold(client_id, id=3)
@@ -3514,7 +3493,7 @@ class TestProtocol:
         assert [event["data"] for event in core.events(client_id)] == [1]
 
     def test_a_connect_is_handled_before_its_neighbours(self, core):
-        """SEED: the replies keep the order of the request, the events come last."""
+        """The replies keep the order of the request, the events come last."""
         client_id = core.handshake(connect=False)
         replies = core.ask({"channel": "/meta/subscribe", "clientId": client_id, "subscription": "/a", "id": 1},
                            {"channel": "/a", "clientId": client_id, "data": "mine", "id": 2},
@@ -3523,7 +3502,7 @@ class TestProtocol:
         assert replies[3] == {"channel": "/a", "data": "mine"}
 
     def test_a_second_connect_of_a_request_is_refused(self, core):
-        """SEED, C3: whose ever it is."""
+        """Whose ever it is."""
         first, second = core.handshake(), core.handshake()
         for other in (first, second):
             replies = core.ask(core.connect_message(first, id=1), core.connect_message(other, id=2))
@@ -3531,13 +3510,13 @@ class TestProtocol:
             assert [reply["id"] for reply in replies] == [1, 2]
 
     def test_a_refused_connect_does_not_count_as_the_requests_connect(self, core):
-        """G1: one bad message never voids its neighbours."""
+        """One bad message never voids its neighbours."""
         client_id = core.handshake()
         replies = core.ask(core.connect_message("nobody", id=1), core.connect_message(client_id, id=2))
         assert [reply["successful"] for reply in replies] == [False, True]
 
     def test_a_second_connect_releases_the_first(self, core):
-        """C3: which is answered with its own id, successful and without events; those go to the newer one."""
+        """Which is answered with its own id, successful and without events; those go to the newer one."""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         older = core.hold(client_id, id="old")
@@ -3549,7 +3528,7 @@ class TestProtocol:
                                 {"channel": "/a", "data": 1}]
 
     def test_a_second_connect_takes_the_events_that_came_before_it(self, core):
-        """C3: the older one had not been answered yet."""
+        """The older one had not been answered yet."""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         older = core.hold(client_id)
@@ -3560,7 +3539,7 @@ class TestProtocol:
 
     @for_each("fields", [{"advice": {"timeout": 0}}, {}])
     def test_a_connect_that_is_not_held_releases_the_older_too(self, core, fields):
-        """C3: CometD's page reload, and a connect in a batch."""
+        """CometD's page reload, and a connect in a batch."""
         client_id = core.handshake()
         older = core.hold(client_id, id="old")
         messages = [core.connect_message(client_id, **fields)] + ([] if fields else [{"channel": "/meta/ping"}])
@@ -3571,7 +3550,6 @@ class TestProtocol:
 
     @for_each("fields", [{"connectionType": "iframe"}, {"connectionType": None}, {"id": []}])
     def test_a_refused_connect_releases_nothing(self, core, fields):
-        """C3"""
         client_id = core.handshake()
         older = core.hold(client_id)
         assert error_code(core.ask(core.connect_message(client_id, **fields))[0]) == 400
@@ -3579,7 +3557,7 @@ class TestProtocol:
         assert older.answer is None
 
     def test_two_connects_at_the_same_time_leave_one_held(self, core):
-        """C3: on two connections; nothing is lost, and neither hangs for ever."""
+        """On two connections; nothing is lost, and neither hangs for ever."""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         for number in range(100):
@@ -3594,7 +3572,6 @@ class TestProtocol:
             assert all(batch[0]["successful"] for batch in batches)
 
     def test_connects_and_a_disconnect_at_the_same_time_leave_nothing_held(self, core):
-        """C3, X1"""
         for _ in range(50):
             client_id = core.handshake()
             exchanges = [FakeExchange(core.core), FakeExchange(core.core)]
@@ -3606,7 +3583,7 @@ class TestProtocol:
             assert not core.core.sessions
 
     def test_events_travel_only_with_connect_replies(self, core):
-        """C4: the order over two connections depends on it, and python-bayeux."""
+        """The order over two connections depends on it, and python-bayeux."""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         for message in ({"channel": "/a", "data": 1}, {"channel": "/meta/subscribe", "subscription": "/b"},
@@ -3616,7 +3593,6 @@ class TestProtocol:
 
     @for_each("client_id", ["unknown", "", "0" * 32, "\u00e4"])
     def test_an_unknown_client_is_told_to_handshake(self, core, client_id):
-        """C1"""
         for message in (core.connect_message(client_id),
                         {"channel": "/meta/subscribe", "clientId": client_id, "subscription": "/a"},
                         {"channel": "/meta/unsubscribe", "clientId": client_id, "subscription": "/a"},
@@ -3633,14 +3609,14 @@ class TestProtocol:
                                    ({"clientId": ["x"]}, 400), ({"clientId": {}}, 400),
                                    ({"clientId": True}, 400)])
     def test_a_missing_client_id_is_answered(self, core, channel, fields, code):
-        """C1: it killed the original."""
+        """It killed the original."""
         reply, = core.ask({"channel": channel, "connectionType": "long-polling", "subscription": "/a", "data": 1,
                            **fields})
         assert error_code(reply) == code and reply["advice"] == ADVICE_HANDSHAKE
 
     @for_each("connection_type", ["iframe", "", "Long-Polling", None, 5, ["long-polling"], {}, True])
     def test_a_connection_type_that_we_do_not_offer_is_refused(self, core, connection_type):
-        """C1: and the session lives on."""
+        """And the session lives on."""
         client_id = core.handshake()
         assert error_code(core.ask(core.connect_message(client_id, connectionType=connection_type))[0]) == 400
         assert core.hold(client_id)
@@ -3653,7 +3629,7 @@ class TestProtocol:
         assert reply["advice"]["interval"] == connect["advice"]["interval"] == 0
 
     # -- Stale connects ----------------------------------------------------------------------
-    # E1: connects that arrive, or go on, when a newer one has been answered already.
+    # Connects that arrive, or go on, when a newer one has been answered already.
 
     @staticmethod
     def connect(peer, client_id, ack, **exchange):
@@ -3668,7 +3644,7 @@ class TestProtocol:
         return client_id, self.connect(peer, client_id, 1)[0]
 
     def test_a_stale_connect_does_not_bring_back_what_was_seen(self, core):
-        """E1: seen in the reply to the newer, taken again by the older, whose connection is gone."""
+        """Seen in the reply to the newer, taken again by the older, whose connection is gone."""
         client_id, before = self.begin_with_ack(core)
         core.core.publish("/a", "event")
         number, events = self.connect(core, client_id, before)
@@ -3714,7 +3690,7 @@ class TestProtocol:
         assert seen == ["first", "second"]
 
     def test_an_event_behind_an_acknowledged_one_does_not_wait_for_the_time_to_be_over(self, core):
-        """C2: the queue is empty again, and so nothing in it is urgent any more."""
+        """The queue is empty again, and so nothing in it is urgent any more."""
         client_id, before = self.begin_with_ack(core)
         core.core.publish("/a", "first")
         number, _ = self.connect(core, client_id, before)
@@ -3965,7 +3941,7 @@ class TestProtocol:
 
     @for_each("subscription", ["/a", ["/a"], ["/a", "/b/*"], ["/a", "/a"], "/**", "/service/x", ["/service/x", "/a"]])
     def test_the_reply_repeats_the_subscription_as_it_came(self, core, subscription):
-        """S1: a list stays a list, a string a string; aiocometd crashes on a list where it sent a string."""
+        """A list stays a list, a string a string; aiocometd crashes on a list where it sent a string."""
         client_id = core.handshake()
         for channel in ("/meta/subscribe", "/meta/unsubscribe"):
             assert core.ask({"channel": channel, "clientId": client_id, "subscription": subscription, "id": 1}) == [
@@ -3973,7 +3949,7 @@ class TestProtocol:
 
     @for_each("bad", ["/meta/connect", "/*/b", "a", "", "/b/", "/b c", "/meta/**", 5, None, [], ["/c"], True])
     def test_a_list_with_a_refused_member_is_refused_as_a_whole(self, core, bad):
-        """S1: nothing recorded, and the error names what is wrong."""
+        """Nothing recorded, and the error names what is wrong."""
         client_id = core.handshake()
         for subscription in (["/a", bad], [bad, "/a"]):
             reply, = core.ask({"channel": "/meta/subscribe", "clientId": client_id, "subscription": subscription})
@@ -3986,24 +3962,21 @@ class TestProtocol:
     @for_each("subscription", [None, 5, True, {}, {"/a": 1}, [], [5], [None], [["/a"]], 1.5])
     @for_each("channel", ["/meta/subscribe", "/meta/unsubscribe"])
     def test_a_subscription_of_another_type_is_malformed(self, core, channel, subscription):
-        """S1: the reply repeats it all the same."""
+        """The reply repeats it all the same."""
         reply, = core.ask({"channel": channel, "clientId": core.handshake(), "subscription": subscription, "id": 0})
         assert error_code(reply) == 400 and reply["subscription"] == subscription and reply["id"] == 0
 
     @for_each("pattern", ["/meta/connect", "/meta/*", "/meta/**", "/meta/a/b"])
     def test_meta_channels_cannot_be_subscribed(self, core, pattern):
-        """S2"""
         reply, = core.ask({"channel": "/meta/subscribe", "clientId": core.handshake(), "subscription": pattern})
         assert error_code(reply) == 403
 
     def test_a_service_channel_is_granted_and_not_recorded(self, core):
-        """S2"""
         client_id = core.handshake()
         core.subscribe(client_id, "/service/echo", "/service/*", "/service/**")
         assert not core.core.sessions[client_id].subscriptions and not core.told_of("subscribe")
 
     def test_overlapping_and_repeated_subscriptions_deliver_one_copy(self, core):
-        """S3"""
         client_id = core.handshake()
         core.subscribe(client_id, "/a/b", "/a/*", "/a/**", "/**", "/a/b")
         core.subscribe(client_id, "/a/b")
@@ -4014,7 +3987,7 @@ class TestProtocol:
         assert len(core.events(client_id)) == 1
 
     def test_a_subscription_is_effective_for_the_next_message(self, core):
-        """S3: of the same request; and an unsubscription as well."""
+        """Of the same request; and an unsubscription as well."""
         client_id = core.handshake()
         subscription = {"clientId": client_id, "subscription": "/a"}
         core.ask({"channel": "/a", "clientId": client_id, "data": 1}, {"channel": "/meta/subscribe", **subscription},
@@ -4023,7 +3996,7 @@ class TestProtocol:
         assert [event["data"] for event in core.events(client_id)] == [2]
 
     def test_what_was_queued_before_an_unsubscribe_still_comes(self, core):
-        """S3: an event goes to who is subscribed when it is published."""
+        """An event goes to who is subscribed when it is published."""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         core.core.publish("/a", 1)
@@ -4033,7 +4006,7 @@ class TestProtocol:
 
     @for_each("subscription", ["/b", "/a/*", "/**", ["/a", "/b"], ["/b", "/a"], "/A"])
     def test_unsubscribing_what_was_not_subscribed_fails(self, core, subscription):
-        """S4: as a whole; a wildcard is a subscription of its own."""
+        """As a whole; a wildcard is a subscription of its own."""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         reply, = core.ask({"channel": "/meta/unsubscribe", "clientId": client_id, "subscription": subscription,
@@ -4042,7 +4015,6 @@ class TestProtocol:
         assert core.core.sessions[client_id].subscriptions == {"/a"} and not core.told_of("unsubscribe")
 
     def test_unsubscribing_touches_nobody_else(self, core):
-        """S4"""
         first, second = core.handshake(), core.handshake()
         core.subscribe(first, "/a")
         core.subscribe(second, "/a")
@@ -4051,7 +4023,6 @@ class TestProtocol:
         assert core.events(first) == [] and len(core.events(second)) == 1
 
     def test_names_are_told_apart_by_case_and_are_never_prefixes(self, core):
-        """N1"""
         client_id = core.handshake()
         core.subscribe(client_id, "/A", "/ab", "/a/b", "/meta", "/service", "/metaphor/x")
         for channel in ("/a", "/meta", "/service", "/metaphor/x"):
@@ -4061,7 +4032,7 @@ class TestProtocol:
     # -- Publish -----------------------------------------------------------------------------
 
     def test_the_reply_is_channel_successful_and_id(self, core):
-        """P1: data in it would make it an event for some clients."""
+        """Data in it would make it an event for some clients."""
         client_id = core.handshake()
         assert core.ask({"channel": "/a/b", "clientId": client_id, "data": {"x": 1}, "ext": {"y": 2}, "id": "5"}) == [
             {"channel": "/a/b", "successful": True, "id": "5"}]
@@ -4075,7 +4046,6 @@ class TestProtocol:
         assert not {"successful", "id", "error", "advice", "clientId"} & set(event)
 
     def test_the_publisher_gets_its_own_event_if_subscribed(self, core):
-        """P1"""
         subscribed, other = core.handshake(), core.handshake()
         core.subscribe(subscribed, "/a")
         core.publish(subscribed, "/a", 1)
@@ -4088,7 +4058,7 @@ class TestProtocol:
         ("/a.b", 405),
         ("/meta/a", 404), ("/meta/connect/x", 404), ("/META/connect", None), ("/meta/*", 404), ("/service/*", 405)])
     def test_only_broadcast_channels_can_be_published_to(self, core, channel, code):
-        """P1: and nobody receives what is refused."""
+        """And nobody receives what is refused."""
         client_id = core.handshake()
         core.subscribe(client_id, "/**")
         reply, = core.ask({"channel": channel, "clientId": client_id, "data": 1})
@@ -4098,7 +4068,7 @@ class TestProtocol:
             assert error_code(reply) == code and core.events(client_id) == []
 
     def test_publishing_needs_a_live_client(self, core):
-        """P1: unless anon_publish says otherwise."""
+        """Unless anon_publish says otherwise."""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         for fields in ({}, {"clientId": None}, {"clientId": "nobody"}, {"clientId": ""}, {"clientId": 0},
@@ -4108,7 +4078,7 @@ class TestProtocol:
         assert core.events(client_id) == [] and not core.told_of("publish")
 
     def test_anonymous_publishing_can_be_allowed(self):
-        """P1, SEED: anon_publish; a null clientId is none, a wrong one is refused all the same."""
+        """anon_publish; a null clientId is none, a wrong one is refused all the same."""
         core = CorePeer(anon_publish=True)
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
@@ -4126,12 +4096,12 @@ class TestProtocol:
                           {"channel": "/meta/subscribe", "subscription": "/a"},
                           {"channel": "/meta/unsubscribe", "subscription": "/a"}])
     def test_anonymous_publishing_opens_nothing_else(self, message):
-        """SEED: anon_publish"""
+        """anon_publish"""
         core = CorePeer(anon_publish=True)
         assert error_code(core.ask(message)[0]) == error_code(core.ask({**message, "clientId": None})[0]) == 401
 
     def test_events_of_one_publisher_keep_their_order(self, core):
-        """P2: within a batch, over batches, and over connects."""
+        """Within a batch, over batches, and over connects."""
         publisher, subscriber = core.handshake(), core.handshake()
         core.subscribe(subscriber, "/**")
         received = []
@@ -4144,14 +4114,14 @@ class TestProtocol:
         assert [event["data"] for event in received] == list(range(100))
 
     def test_a_published_event_is_queued_by_the_time_of_the_reply(self, core):
-        """P2: who was told that it is published may rely on it."""
+        """Who was told that it is published may rely on it."""
         publisher, subscriber = core.handshake(), core.handshake()
         core.subscribe(subscriber, "/a")
         core.publish(publisher, "/a", 1)
         assert [event["data"] for event in core.events(subscriber)] == [1]
 
     def test_everybody_at_once(self, core):
-        """P2: subscribing, publishing, connecting and leaving from eight threads; each publisher's order is kept."""
+        """Subscribing, publishing, connecting and leaving from eight threads; each publisher's order is kept."""
         subscriber = core.handshake()
         core.subscribe(subscriber, "/a")
         received, finished = [], threading.Event()
@@ -4317,7 +4287,7 @@ class TestProtocol:
         keys = values = items = __iter__
 
     def test_publishing_asks_nobody_but_its_subscribers(self, core):
-        """SEED: the original went through all clients for each publish."""
+        """The original went through all clients for each publish."""
         publisher, subscriber, other = core.handshake(), core.handshake(), core.handshake()
         core.subscribe(subscriber, "/a/*")
         core.subscribe(other, "/b/*")
@@ -4336,38 +4306,36 @@ class TestProtocol:
     @for_each("returned", [{"data": "answer"}, [{"data": "answer"}], ({"data": "answer"},),
                            {"only": {"data": "answer"}}.values()])
     def test_one_answer_is_the_only_reply(self, returned):
-        """V1: channel, id and successful are filled in; no acknowledgement beside it."""
+        """Channel, id and successful are filled in; no acknowledgement beside it."""
         assert self.call_service(CorePeer(services={"test": lambda message: returned})) == [
             {"channel": "/service/test", "id": "7", "successful": True, "data": "answer"}]
 
     @for_each("returned", [None, [], (), {}.values()])
     def test_no_answer_is_a_plain_reply(self, returned):
-        """V1, G1"""
         assert self.call_service(CorePeer(services={"test": lambda message: returned})) == [
             {"channel": "/service/test", "id": "7", "successful": True}]
 
     def test_several_answers_all_come_back(self):
-        """V1, SEED: in order, in the same response."""
+        """In order, in the same response."""
         core = CorePeer(services={"test": lambda message: [{"data": 1}, {"data": 2, "id": "other"}, {}]})
         replies = core.ask({"channel": "/service/test", "clientId": core.handshake(), "id": 0},
                            {"channel": "/meta/ping", "id": 1})
         assert [(reply["id"], reply.get("data")) for reply in replies] == [(0, 1), ("other", 2), (0, None), (1, None)]
 
     def test_what_the_service_filled_in_is_left_alone(self):
-        """V1, SEED: channel and id are filled in where missing."""
+        """Channel and id are filled in where missing."""
         core = CorePeer(services={"test": lambda message: {
             "channel": "/service/other", "id": None, "successful": False, "error": "400::No", "ext": {"a": 1}}})
         assert self.call_service(core) == [
             {"channel": "/service/other", "id": None, "successful": False, "error": "400::No", "ext": {"a": 1}}]
 
     def test_a_call_without_an_id_is_answered_without_one(self):
-        """V1, N4"""
         core = CorePeer(services={"test": lambda message: {"data": 1}})
         reply, = core.ask({"channel": "/service/test", "clientId": core.handshake()})
         assert reply == {"channel": "/service/test", "successful": True, "data": 1}
 
     def test_a_service_is_given_the_message(self):
-        """SEED: data is not required; what the service does to the message changes no reply."""
+        """Data is not required; what the service does to the message changes no reply."""
         seen = []
 
         def service(message):
@@ -4381,14 +4349,14 @@ class TestProtocol:
         assert message == {"channel": "/service/test", "data": "question", "id": "7", "ext": {"a": 1}}
 
     def test_handler_answers_what_has_no_service(self):
-        """SEED: services, _handler"""
+        """Services, _handler"""
         core = CorePeer(services={"test": lambda message: {"data": "test"},
                                   "_handler": lambda message: {"data": "fallback " + message["channel"]}})
         assert self.call_service(core)[0]["data"] == "test"
         assert self.call_service(core, "/service/unheard/of")[0]["data"] == "fallback /service/unheard/of"
 
     def test_an_unknown_service_is_404(self, core):
-        """V1: the original answered an empty array."""
+        """The original answered an empty array."""
         reply, = self.call_service(core)
         assert error_code(reply) == 404 and reply["id"] == "7" and reply["channel"] == "/service/test"
 
@@ -4398,7 +4366,7 @@ class TestProtocol:
         lambda message: {"data": object()}, lambda message: {"data": float("nan")}, lambda message: {"data": {1, 2}},
         lambda: None, lambda message: ({"data": 1 / number} for number in (1, 0)), lambda message: {"data": "\ud800"}])
     def test_a_service_that_fails_becomes_an_error_reply(self, service, errors):
-        """V1, SEED: logged, and its neighbours harmed in nothing."""
+        """Logged, and its neighbours harmed in nothing."""
         core = CorePeer(services={"test": service})
         client_id = core.handshake()
         replies = core.ask({"channel": "/meta/ping", "id": 1},
@@ -4412,14 +4380,14 @@ class TestProtocol:
         assert "Traceback" in logged
 
     def test_a_service_may_refuse(self):
-        """V1: by a BayeuxError of its own choice, which is no failure."""
+        """By a BayeuxError of its own choice, which is no failure."""
         def service(message):
             raise bayeux_server.BayeuxError(403, "bob", "Not you")
         reply, = self.call_service(CorePeer(services={"test": service}))
         assert reply["error"] == "403:bob:Not you" and reply["id"] == "7" and reply["successful"] is False
 
     def test_answers_go_to_the_sender_only(self):
-        """V1: not to a subscriber of /**, nor to one of the service's channel."""
+        """Not to a subscriber of /**, nor to one of the service's channel."""
         core = CorePeer(services={"test": lambda message: {"data": "private"}})
         other = core.handshake()
         local = []
@@ -4429,7 +4397,7 @@ class TestProtocol:
         assert core.events(other) == [] and local == [] and not core.told_of("publish")
 
     def test_a_service_may_publish_and_push(self):
-        """V1: no lock is held while it runs; a session subscribed gets it with its next connect."""
+        """No lock is held while it runs; a session subscribed gets it with its next connect."""
         def service(message):
             core.core.publish("/news", message["data"])
             core.core.client_push(message["clientId"], "/for-you", "pushed")
@@ -4441,7 +4409,7 @@ class TestProtocol:
         assert core.events(client_id) == [{"channel": "/news", "data": "x"}, {"channel": "/for-you", "data": "pushed"}]
 
     def test_services_are_registered_by_decorator_too(self, serve):
-        """SEED: @server.service('echo')"""
+        """@server.service('echo')"""
         server = serve()
 
         @server.service("double")
@@ -4455,7 +4423,7 @@ class TestProtocol:
     # -- Access control ----------------------------------------------------------------------
 
     def test_every_message_is_asked_about(self):
-        """SEED: message_acl; handshake, services and anonymous publishes included (the original forgot those)."""
+        """message_acl; handshake, services and anonymous publishes included (the original forgot those)."""
         seen = []
         core = CorePeer(message_acl=lambda session, message: seen.append((session.id, message["channel"])),
                         anon_publish=True,
@@ -4479,7 +4447,7 @@ class TestProtocol:
         {"channel": "/a", "data": 1},
         {"channel": "/service/x"}, {"channel": "/meta/ping"}])
     def test_a_refused_message_has_no_effect(self, message):
-        """SEED: message_acl"""
+        """message_acl"""
         called = []
         refused = set()
         core = CorePeer(message_acl=lambda session, asked: "Not you" if asked["channel"] in refused else None,
@@ -4497,7 +4465,7 @@ class TestProtocol:
         assert core.core.sessions[client_id].subscriptions == {"/a"} and not core.core.sessions[client_id].queue
 
     def test_anonymous_publishes_and_service_calls_can_be_refused(self):
-        """SEED: message_acl; who has no clientId has a session of this one message."""
+        """message_acl; who has no clientId has a session of this one message."""
         called = []
 
         def acl(session, message):
@@ -4514,7 +4482,7 @@ class TestProtocol:
         assert len(core.events(watcher)) == 1
 
     def test_flags_remember_for_the_session(self):
-        """SEED: client.flags, from the handshake on, and for that session only."""
+        """Client.flags, from the handshake on, and for that session only."""
         def acl(session, message):
             if message["channel"] == "/meta/handshake":
                 session.flags["user"] = message.get("ext", {}).get("user")
@@ -4528,7 +4496,7 @@ class TestProtocol:
     @for_each(("text", "reconnect"),
               [("Go away", "none"), ("403::Go away", "none"), ("401:bob:Wrong password", "handshake")])
     def test_a_refused_handshake_makes_no_session(self, text, reconnect):
-        """H3: another try is advised where other credentials would help."""
+        """Another try is advised where other credentials would help."""
         core = CorePeer(message_acl=lambda session, message: text)
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0", "id": 1})
         assert error_code(reply) in (401, 403) and "clientId" not in reply and reply["id"] == 1
@@ -4537,17 +4505,17 @@ class TestProtocol:
 
     @for_each("passes", [None, True, ""])
     def test_no_text_lets_pass(self, passes):
-        """SEED: refuses by an error text"""
+        """Refuses by an error text"""
         assert CorePeer(message_acl=lambda session, message: passes).handshake()
 
     @for_each("refuses", [False, 0, 5, [], {"a": 1}])
     def test_what_is_neither_text_nor_true_refuses(self, refuses):
-        """SEED: a rule that answers something else is on the safe side."""
+        """A rule that answers something else is on the safe side."""
         core = CorePeer(message_acl=lambda session, message: refuses)
         assert error_code(core.ask({"channel": "/meta/handshake", "version": "1.0"})[0]) == 403
 
     def test_a_rule_that_fails_refuses(self, errors):
-        """SEED: and its failure is logged, not told to the client."""
+        """And its failure is logged, not told to the client."""
         core = CorePeer(message_acl=lambda session, message: message["password"])
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0"})
         assert error_code(reply) == 403 and "password" not in reply["error"] and not core.core.sessions
@@ -4555,7 +4523,7 @@ class TestProtocol:
         assert "KeyError" in logged
 
     def test_a_rule_runs_without_the_lock(self):
-        """SEED: it may publish, and ask the server what it likes."""
+        """It may publish, and ask the server what it likes."""
         def acl(session, message):
             assert not core.core.lock.locked()
             core.core.publish("/log", message["channel"])
@@ -4566,14 +4534,14 @@ class TestProtocol:
         assert [event["data"] for event in core.events(watcher)] == ["/a", "/meta/connect"]
 
     def test_a_rule_is_not_asked_for_who_is_unknown(self):
-        """C1: those are told to handshake anyway."""
+        """Those are told to handshake anyway."""
         seen = []
         core = CorePeer(message_acl=lambda session, message: seen.append(message))
         core.ask(core.connect_message("nobody"), {"channel": "/a", "data": 1}, {"channel": "/meta/nope"})
         assert seen == []
 
     def test_a_bound_session_works_only_with_its_cookie(self):
-        """T7: the core's part; another browser hears that there is no such session."""
+        """The core's part; another browser hears that there is no such session."""
         core = CorePeer(bind_sessions=True)
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0"}, browser="mine")
         client_id = reply["clientId"]
@@ -4584,14 +4552,13 @@ class TestProtocol:
     # -- Disconnect --------------------------------------------------------------------------
 
     def test_a_disconnect_is_answered(self, core):
-        """X1"""
         client_id = core.handshake()
         assert core.ask({"channel": "/meta/disconnect", "clientId": client_id, "id": "9"}) == [
             {"channel": "/meta/disconnect", "successful": True, "id": "9"}]
         assert core.told_of("client_disconnect") == [{"client_id": client_id, "reason": "asked"}]
 
     def test_it_releases_the_held_connect(self, core):
-        """X1: with a valid reply that asks for no other connect."""
+        """With a valid reply that asks for no other connect."""
         client_id = core.handshake()
         held = core.hold(client_id, id="c")
         core.ask({"channel": "/meta/disconnect", "clientId": client_id})
@@ -4606,7 +4573,7 @@ class TestProtocol:
         {"channel": "/a", "data": 1},
         {"channel": "/meta/ping"}])
     def test_later_messages_are_told_to_handshake(self, core, message):
-        """X1: a second disconnect too."""
+        """A second disconnect too."""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         core.ask({"channel": "/meta/disconnect", "clientId": client_id})
@@ -4614,7 +4581,7 @@ class TestProtocol:
         assert error_code(reply) == 402 and reply["advice"] == ADVICE_HANDSHAKE
 
     def test_later_messages_of_the_same_request_too(self, core):
-        """X1, G1: a publish before it is heard, one behind it is not."""
+        """A publish before it is heard, one behind it is not."""
         client_id, watcher = core.handshake(), core.handshake()
         core.subscribe(watcher, "/a")
         held = core.hold(client_id)
@@ -4628,7 +4595,7 @@ class TestProtocol:
 
     @for_each("is_connect_first", [True, False])
     def test_a_connect_of_the_same_request_is_not_left_hanging(self, core, is_connect_first):
-        """X1, C2: it releases the older, and no event of the ended session leaves."""
+        """It releases the older, and no event of the ended session leaves."""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         older = core.hold(client_id, id="older")
@@ -4644,7 +4611,7 @@ class TestProtocol:
     @for_each("message", [{"channel": "/meta/connect", "connectionType": "long-polling"},
                           {"channel": "/meta/subscribe", "subscription": "/b"}])
     def test_a_session_may_end_while_its_message_is_looked_at(self, message):
-        """X1: by another request of it; then the message leaves nothing behind."""
+        """By another request of it; then the message leaves nothing behind."""
         def acl(session, asked):
             if asked.get("id") == "meanwhile":
                 core.ask({"channel": "/meta/disconnect", "clientId": session.id})
@@ -4658,7 +4625,7 @@ class TestProtocol:
     @for_each("send", [lambda core, client_id: core.publish("/a", 1),
                        lambda core, client_id: core.client_push(client_id, "/b", 1)])
     def test_a_session_may_end_while_its_event_is_looked_at(self, send):
-        """X1: an extension takes its time; what it lets pass is thrown away."""
+        """An extension takes its time; what it lets pass is thrown away."""
         class Ending:
             def outgoing(self, session, message):
                 if "data" in message and session.id in core.core.sessions:
@@ -4673,7 +4640,7 @@ class TestProtocol:
         assert session.ended == "asked" and not session.queue
 
     def test_only_the_owner_of_the_id_can_disconnect(self, core):
-        """G4, X1: an id is not to be learnt from events, errors or other replies."""
+        """An id is not to be learnt from events, errors or other replies."""
         victim, other = core.handshake(), core.handshake()
         core.subscribe(other, "/**")
         core.publish(victim, "/a", ext={"x": 1}, id="7")
@@ -4685,7 +4652,7 @@ class TestProtocol:
     # -- Comment filtering: how it is written stands with the HTTP transport -----------------
     @for_each("value", [True, 1, "true"])
     def test_a_session_may_ask_for_comments(self, core, value):
-        """E6: every reply of it is filtered from then on, the handshake's and a held connect's included."""
+        """Every reply of it is filtered from then on, the handshake's and a held connect's included."""
         shake = core.send({"channel": "/meta/handshake", "version": "1.0", "ext": {"json-comment-filtered": value}})
         reply, = shake.answer
         assert shake.comment_filtered and reply["ext"] == {"json-comment-filtered": True}
@@ -4697,7 +4664,7 @@ class TestProtocol:
         assert core.send({"channel": "/meta/ping"}, 5).comment_filtered is False
 
     def test_one_such_session_in_a_batch_is_enough(self, core):
-        """E6: every reply of it."""
+        """Every reply of it."""
         plain = core.handshake()
         filtered = core.handshake(ext={"json-comment-filtered": True})
         publish = {"channel": "/a", "data": 1}
@@ -4707,12 +4674,11 @@ class TestProtocol:
     @for_each("ext", [{}, None, 5] + [
         {"json-comment-filtered": value} for value in (False, 0, None, "", "false", [], {}, 2)])
     def test_who_does_not_ask_gets_plain_json(self, core, ext):
-        """E6"""
         exchange = core.send({"channel": "/meta/handshake", "version": "1.0", "ext": ext})
         assert not exchange.comment_filtered and not core.core.sessions[exchange.answer[0]["clientId"]].comment_filtered
 
     def test_comments_can_be_switched_off(self):
-        """E6: then the reply does not promise them."""
+        """Then the reply does not promise them."""
         core = CorePeer(json_comment_filtered=False)
         exchange = core.send({"channel": "/meta/handshake", "version": "1.0", "ext": {"json-comment-filtered": True}})
         assert not exchange.comment_filtered and "ext" not in exchange.answer[0]
@@ -4726,7 +4692,7 @@ class TestProtocol:
         {"channel": "/meta/disconnect"},
         {"channel": "/meta/subscribe"}, {"channel": "/meta/unsubscribe", "subscription": "/nope"}])
     def test_timesync_is_answered_on_any_meta_message(self, core, message):
-        """E2: tc, ts, p and a, all numbers, in a refusal too."""
+        """Tc, ts, p and a, all numbers, in a refusal too."""
         begin = time.time() * 1000
         reply, = core.ask({**message, "clientId": core.handshake(), "id": 1,
                            "ext": {"timesync": {"tc": 1234567890123, "l": 5, "o": -7}}},
@@ -4738,13 +4704,13 @@ class TestProtocol:
         assert timesync["a"] == pytest.approx(1234567890123 + 5 - 7 - timesync["ts"], abs=1.5)
 
     def test_ping_needs_no_session(self, core):
-        """E2, SEED: the dojo client of 2008 asks there."""
+        """The dojo client of 2008 asks there."""
         reply, = core.ask({"channel": "/meta/ping", "id": "0", "ext": {"timesync": {"tc": 1, "l": 0, "o": 0}}})
         assert reply["successful"] and reply["id"] == "0" and set(reply["ext"]["timesync"]) == {"tc", "ts", "p", "a"}
         assert not core.core.sessions
 
     def test_a_held_connect_says_how_long_it_was_held(self, core, monkeypatch):
-        """E2: p; and one without timesync keeps its reply plain."""
+        """P; and one without timesync keeps its reply plain."""
         now = [1_000_000.0]
         monkeypatch.setattr(bayeux_server.time, "time", lambda: now[0])
         client_id = core.handshake()
@@ -4755,14 +4721,12 @@ class TestProtocol:
                                 "ext": {"timesync": {"tc": 1_000_000_000, "ts": 1_000_000_000, "p": 12_500, "a": 0}}}]
 
     def test_timesync_joins_what_else_is_in_ext(self, core):
-        """E2, E6"""
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0",
                            "ext": {"json-comment-filtered": True, "timesync": {"tc": 1, "l": 2, "o": 3}}})
         assert set(reply["ext"]) == {"json-comment-filtered", "timesync"}
 
     @for_each("timesync", [None, 5, "x", [], {}, {"tc": None}, {"tc": "1"}, {"tc": True}, {"tc": []}, {"l": 1, "o": 1}])
     def test_a_timesync_without_a_time_is_ignored(self, core, timesync):
-        """E2, G3"""
         reply, = core.ask({"channel": "/meta/ping", "ext": {"timesync": timesync}})
         assert reply == {"channel": "/meta/ping", "successful": True}
 
@@ -4773,13 +4737,13 @@ class TestProtocol:
         {"tc": 10**299, "l": 1.5, "o": 10**299}])
     @for_each("channel", ["/meta/ping", "/meta/nope"])
     def test_times_that_are_none_harm_nothing(self, core, timesync, channel):
-        """E2, G5: one reply, and numbers if there are any."""
+        """One reply, and numbers if there are any."""
         reply, = core.ask({"channel": channel, "id": 1, "ext": {"timesync": timesync}})
         assert reply["id"] == 1 and reply["successful"] == (channel == "/meta/ping")
         assert all(type(value) in (int, float) for value in reply.get("ext", {}).get("timesync", {}).values())
 
     def test_times_that_are_none_do_not_stop_the_answers_to_held_connects(self, core):
-        """E2, G5: the answer is made where the answers of all others leave."""
+        """The answer is made where the answers of all others leave."""
         hostile, other = core.handshake(), core.handshake()
         core.subscribe(hostile, "/a")
         core.subscribe(other, "/a")
@@ -4789,7 +4753,6 @@ class TestProtocol:
         assert [exchange.answer[1:] for exchange in held] == [[{"channel": "/a", "data": 1}]] * 2
 
     def test_timesync_can_be_switched_off(self):
-        """E2"""
         core = CorePeer(timesync=False)
         assert "ext" not in core.ask({"channel": "/meta/ping", "ext": {"timesync": {"tc": 1, "l": 0, "o": 0}}})[0]
         held = core.hold(core.handshake(), ext={"timesync": {"tc": 1, "l": 0, "o": 0}})
@@ -4800,14 +4763,14 @@ class TestProtocol:
 
     @for_each("timestamp", ["2008-10-10T10:10:10", "", 5, None, [], {}])
     def test_a_timestamp_in_a_message_does_no_harm(self, core, timestamp):
-        """E3: dojo's client sends one with every message; it is not passed on."""
+        """Dojo's client sends one with every message; it is not passed on."""
         client_id = core.handshake(timestamp=timestamp)
         core.subscribe(client_id, "/a")
         core.publish(client_id, "/a", timestamp=timestamp)
         assert core.events(client_id) == [{"channel": "/a", "data": "data"}]
 
     def test_replies_and_events_carry_ours_if_asked_for(self):
-        """E3: ISO 8601, GMT; a held connect's and a refusal too."""
+        """ISO 8601, GMT; a held connect's and a refusal too."""
         core = CorePeer(timestamp=True)
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
@@ -4841,7 +4804,6 @@ class TestProtocol:
             return self.note(message)
 
     def test_extensions_run_in_order_in_and_in_reverse_order_out(self):
-        """E7"""
         seen = []
 
         def service(message):
@@ -4854,7 +4816,7 @@ class TestProtocol:
         assert seen == ["abc"] and reply["ext"]["trail"] == "cba"
 
     def test_extensions_see_every_message_and_its_session(self):
-        """E7: None where there is none; held connects, events and pushes pass outwards too."""
+        """None where there is none; held connects, events and pushes pass outwards too."""
         recorder = self.Recorder("x")
         core = CorePeer(extensions=[recorder])
         client_id = core.handshake()
@@ -4869,7 +4831,6 @@ class TestProtocol:
         assert recorder.sessions == [None, client_id, client_id, None]
 
     def test_an_extension_may_have_one_direction_only(self):
-        """E7"""
         class In:
             def incoming(self, session, message):
                 return {**message, "data": "in"} if "data" in message else message
@@ -4885,7 +4846,7 @@ class TestProtocol:
         assert core.events(client_id) == [{"channel": "/a", "data": "in", "ext": "out"}]
 
     def test_none_from_incoming_drops_the_message_and_tells_the_sender(self):
-        """E7, G1: exactly one reply, 403, with channel and id; no effect."""
+        """Exactly one reply, 403, with channel and id; no effect."""
         class Guard:
             def incoming(self, session, message):
                 return None if message.get("data") == "rude" else message
@@ -4899,7 +4860,7 @@ class TestProtocol:
         assert replies[1]["successful"] and [event["data"] for event in core.events(client_id)] == ["kind"]
 
     def test_none_from_outgoing_drops_an_event_for_that_session_only(self):
-        """E7: a reply that is dropped is replaced, as every message gets one (G1)."""
+        """A reply that is dropped is replaced, as every message gets one."""
         class Filter:
             def outgoing(self, session, message):
                 is_dropped = message.get("data") == "secret" and session.id != friend or message.get("id") == "drop"
@@ -4918,7 +4879,7 @@ class TestProtocol:
         assert error_code(reply) in (403, 404)
 
     def test_extensions_may_change_events_for_one_session(self):
-        """E7: nobody else's copy is touched, nor the local clients'."""
+        """Nobody else's copy is touched, nor the local clients'."""
         class Shout:
             def outgoing(self, session, message):
                 if "data" in message and session.id == loud:
@@ -4936,7 +4897,7 @@ class TestProtocol:
         assert core.events(quiet)[0]["data"]["text"] == heard[0]["data"]["text"] == "hello"
 
     def test_an_extension_may_change_a_push_and_not_its_callers_data(self):
-        """E7: nor what listeners are told."""
+        """Nor what listeners are told."""
         class Shout:
             def outgoing(self, session, message):
                 if "data" in message:
@@ -4952,7 +4913,7 @@ class TestProtocol:
 
     @for_each("fail", [lambda message: 1 / 0, lambda message: "text", lambda message: 5])
     def test_an_extension_that_fails_on_the_way_in_harms_no_neighbour(self, fail, errors):
-        """E7, G1: logged; the sender hears of a failure."""
+        """Logged; the sender hears of a failure."""
         class Broken:
             def incoming(self, session, message):
                 return fail(message) if message.get("id") == "bad" else message
@@ -4969,7 +4930,7 @@ class TestProtocol:
                        lambda message: {**message, "x": float("nan")},
                        lambda message: {**message, "x": "\ud800"}])
     def test_an_extension_that_fails_on_a_reply_harms_no_neighbour(self, fail, channel, errors):
-        """E7, G1: nor on a refusal."""
+        """Nor on a refusal."""
         class Broken:
             def outgoing(self, session, message):
                 return fail(message) if message.get("id") == "bad" else message
@@ -4985,7 +4946,7 @@ class TestProtocol:
                        lambda message: {"data": 1}, lambda message: "text",
                        lambda message: {"channel": "/a", "data": "\ud800"}])
     def test_an_extension_that_fails_on_an_event_harms_no_other_subscriber(self, fail, errors):
-        """E7: nor the publisher."""
+        """Nor the publisher."""
         class Broken:
             def outgoing(self, session, message):
                 return fail(message) if "data" in message and session.id == unlucky else message
@@ -4999,7 +4960,7 @@ class TestProtocol:
         assert core.events(unlucky) == [] and len(errors.take()) == 1
 
     def test_an_extension_runs_without_the_lock(self):
-        """E7: it may ask the server what it likes."""
+        """It may ask the server what it likes."""
         class Curious:
             def incoming(self, session, message):
                 assert not core.core.lock.locked()
@@ -5016,7 +4977,7 @@ class TestProtocol:
         assert len(held.answer) == 2
 
     # -- Acknowledge -------------------------------------------------------------------------
-    # E1: over everything.
+    # Over everything.
 
     @pytest.fixture
     def acknowledging(self, medium):
@@ -5145,7 +5106,6 @@ class TestProtocol:
         assert "queue overflow" in batch.reply["error"]
 
     def test_combined_with_timesync(self, acknowledging):
-        """E2"""
         client = acknowledging(ext={"ack": True, "timesync": {"tc": 5, "l": 0, "o": 0}})
         assert client.handshake["ext"]["ack"] is True
         assert client.handshake["ext"]["timesync"]["tc"] == 5
@@ -5155,7 +5115,6 @@ class TestProtocol:
             assert batch.reply["ext"]["timesync"]["tc"] == 6
 
     def test_a_held_connect_combined_with_timesync(self, core):
-        """E2"""
         client_id = core.handshake(ext={"ack": True})
         exchange = core.hold(client_id, ext={"ack": 1, "timesync": {"tc": 6, "l": 0, "o": 0}})
         core.pass_time(30)
@@ -5176,7 +5135,7 @@ class TestProtocol:
         assert [event["data"] for event in exchange.answer[1:]] == [1, 2]
 
     def test_a_connect_that_releases_an_older_one(self, core):
-        """C3: the events go with the newer"""
+        """The events go with the newer"""
         client_id = core.handshake(ext={"ack": True})
         core.subscribe(client_id, "/a")
         older = core.hold(client_id, ext={"ack": 1})
@@ -5214,7 +5173,6 @@ class TestProtocol:
             assert (connect["id"], event["data"]) == (held, "x")
 
     def test_a_held_connect_on_a_socket_that_hangs_up(self, server):
-        """C6"""
         with SocketPeer(server, ext={"ack": True}) as peer:
             peer.subscribe("/a")
             peer.hold(ack=1)
@@ -5231,7 +5189,7 @@ class TestProtocol:
         assert session.waiting == 0
 
     # -- Lazy --------------------------------------------------------------------------------
-    # E5: news that nobody waits for.
+    # News that nobody waits for.
 
     @pytest.fixture
     def lazy(self):
@@ -5268,7 +5226,6 @@ class TestProtocol:
         assert len(exchange.answer) == 2
 
     def test_another_event_takes_them_along_in_order(self, lazy, client_id):
-        """P2"""
         exchange = lazy.hold(client_id)
         lazy.core.publish("/slow", 1)
         lazy.work()
@@ -5309,7 +5266,6 @@ class TestProtocol:
         assert [event["data"] for event in exchange.answer[1:]] == [1]
 
     def test_with_acknowledgement(self, lazy):
-        """E1"""
         client_id = lazy.handshake(ext={"ack": True})
         lazy.subscribe(client_id, "/slow")
         exchange = lazy.hold(client_id, ext={"ack": 1})
@@ -5363,7 +5319,7 @@ class TestProtocol:
             assert peer.receive(3) == [0, 1, 2]
 
     # -- Activity ----------------------------------------------------------------------------
-    # E4: a page that was left open only sends heart-beats.
+    # A page that was left open only sends heart-beats.
 
     @pytest.fixture
     def quiet(self):
@@ -5432,7 +5388,6 @@ class TestProtocol:
         return client_id
 
     def test_the_events_of_a_lost_frame_come_first_again(self, core):
-        """C6"""
         stream = FakeStream()
         client_id = self.begin_on_stream(core, stream)
         stream.outcome = False
@@ -5459,7 +5414,7 @@ class TestProtocol:
         assert stream.data == [[2, 3]]
 
     def test_a_session_ends_in_time_though_a_frame_was_long_in_flight(self, core):
-        """C5: meanwhile it was not looked at."""
+        """Meanwhile it was not looked at."""
         client_id = self.begin_on_stream(core, FakeStream())
         core.core.publish("/a", 1)
         with core.core.condition:
@@ -5488,7 +5443,7 @@ class TestProtocol:
 
     @for_each("change", ["the stream is lost", "another connect releases the held one"])
     def test_a_lease_that_began_while_a_frame_was_in_flight_ends_in_time(self, change):
-        """C5: the look at the session stood at the end of its held connect, which is later."""
+        """The look at the session stood at the end of its held connect, which is later."""
         core, stream = CorePeer(connect_timeout=5, timeout=30), FakeStream()
         client_id = self.begin_on_stream(core, stream)
 
@@ -5534,7 +5489,7 @@ class TestProtocol:
     # -- Steady traffic ----------------------------------------------------------------------
 
     def test_events_on_a_stream_do_not_keep_a_connect_from_its_answer(self, core):
-        """C2: the next event is always there before the last is settled."""
+        """The next event is always there before the last is settled."""
         client_id, stream = core.handshake(), FakeStream()
         core.subscribe(client_id, "/a")
         held = FakeExchange(core.core, transport="websocket")
@@ -5554,7 +5509,7 @@ class TestProtocol:
     # -- The last ofa stream -----------------------------------------------------------------
 
     def test_it_ends_behind_what_its_reader_has_not_taken_in_yet(self, server):
-        """X1, T8: nothing is cut off, and the end is a clean one."""
+        """Nothing is cut off, and the end is a clean one."""
         large = "x" * 4_000_000                 # more than the system keeps, once it is told to keep little
         with Peer(server) as peer, EventWire(server, peer.id) as stream:
             peer.subscribe("/a")
@@ -5568,7 +5523,7 @@ class TestProtocol:
             assert stream.read_batch() is None
 
     def test_events_published_before_the_end_of_the_server_leave(self, core):
-        """C6: there is no held connect whose last reply could take them."""
+        """There is no held connect whose last reply could take them."""
         client_id, stream = core.handshake(), FakeStream()
         assert core.core.attach(client_id, stream)
         core.subscribe(client_id, "/a")
@@ -5578,7 +5533,7 @@ class TestProtocol:
         assert ["going down"] in stream.data
 
     def test_an_older_stream_of_the_session_ends(self, server):
-        """T8: nothing would come on it any more, and it would count among the open requests."""
+        """Nothing would come on it any more, and it would count among the open requests."""
         with Peer(server) as peer, EventWire(server, peer.id) as older, EventWire(server, peer.id) as newer:
             assert older.read_batch() is None
             peer.subscribe("/a")
@@ -5593,7 +5548,7 @@ class TestProtocol:
         assert any_function in core.core._listeners["publish"]
 
     def test_all_six_events_with_their_details(self, core):
-        """SEED: callback"""
+        """Callback"""
         reply, = core.ask({"channel": "/meta/handshake", "version": "1.0"}, address="10.1.2.3")
         client_id = reply["clientId"]
         subscription = {"clientId": client_id, "subscription": ["/a", "/b/*"]}
@@ -5615,7 +5570,7 @@ class TestProtocol:
             ("client_disconnect", {"client_id": client_id, "reason": "asked"})]
 
     def test_local_clients_are_told_of_too(self, core):
-        """SEED: session instead of ip, and the id of what they publish."""
+        """Session instead of ip, and the id of what they publish."""
         client = LocalClient(core, "bot")
         client.subscribe("/a")
         client.publish("/a", 1, id=0, ext={})
@@ -5630,13 +5585,13 @@ class TestProtocol:
 
     @for_each("data", [None, False, 0, ""])
     def test_a_publish_is_told_with_its_data_whatever_it_is(self, core, data):
-        """SEED: null is data too; a listener may rely on details["data"]."""
+        """Null is data too; a listener may rely on details["data"]."""
         core.publish(core.handshake(), "/a", data)
         core.core.publish("/a", data)
         assert [details["data"] for details in core.told_of("publish")] == [data, data]
 
     def test_repeated_subscriptions_and_refusals_are_not_told(self, core):
-        """SEED: callback"""
+        """Callback"""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         core.subscribe(client_id, "/a", "/a")
@@ -5648,7 +5603,7 @@ class TestProtocol:
         assert [event for event, _ in core.told] == ["client_connect", "subscribe"]
 
     def test_the_option_and_added_listeners_are_all_told_in_order(self):
-        """SEED: callback, server.add_listener"""
+        """Callback, server.add_listener"""
         told = []
         core = CorePeer(callback=lambda event, details: told.append(("callback", event)))
         core.core.add_listener(lambda event, details: told.append(("second", event)))
@@ -5656,7 +5611,7 @@ class TestProtocol:
         assert told == [("callback", "client_connect"), ("second", "client_connect")]
 
     def test_a_listener_may_want_some_events_only(self, core):
-        """SEED: server.add_listener"""
+        """Server.add_listener"""
         told = []
         core.core.add_listener(lambda event, details: told.append(event), ["client_disconnect", "subscribe"])
         client_id = core.handshake()
@@ -5668,7 +5623,7 @@ class TestProtocol:
             core.core.add_listener(print, ["client_connect", "connect"])
 
     def test_a_listener_that_fails_is_logged_and_harms_nobody(self, errors):
-        """SEED: callback"""
+        """Callback"""
         def fail(event, details):
             details.clear()
             raise ValueError("listener")
@@ -5680,7 +5635,7 @@ class TestProtocol:
         assert len(errors.take()) == 2
 
     def test_a_listener_may_call_the_server(self, core):
-        """SEED: it holds no lock; what it causes is told in turn."""
+        """It holds no lock; what it causes is told in turn."""
         def welcome(event, details):
             assert not core.core.lock.locked()
             if event == "client_connect":
@@ -5695,7 +5650,7 @@ class TestProtocol:
     # -- In process calls --------------------------------------------------------------------
 
     def test_publish_reaches_every_kind_of_subscriber(self, core):
-        """SEED: publish; ids pass to local subscribers, a remote one sees no clientId and no id."""
+        """Publish; ids pass to local subscribers, a remote one sees no clientId and no id."""
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         heard = []
@@ -5705,7 +5660,7 @@ class TestProtocol:
         assert core.events(client_id) == [{"channel": "/a", "data": {"x": 1}, "ext": {"y": 2}}]
 
     def test_subscribe_and_unsubscribe_for_any_session(self, core):
-        """SEED: subscribe {channel, client_id}, unsubscribe"""
+        """Subscribe {channel, client_id}, unsubscribe"""
         client_id = core.handshake()
         core.core.subscribe("/a/**", client_id)
         core.core.publish("/a/b", 1)
@@ -5725,7 +5680,7 @@ class TestProtocol:
         (lambda core, id: core.client_push(id, "/a/*", 1), 405),
         (lambda core, id: core.client_push(id, "/meta/connect", 1), 405)])
     def test_a_call_that_makes_no_sense_raises(self, core, call, code):
-        """SEED: and changes nothing."""
+        """And changes nothing."""
         client_id = core.handshake()
         with pytest.raises(bayeux_server.BayeuxError) as raised:
             call(core.core, client_id)
@@ -5734,7 +5689,7 @@ class TestProtocol:
         assert [event for event, _ in core.told] == ["client_connect"]
 
     def test_client_push_reaches_one_client_only(self, core):
-        """SEED: client_push; no answer and no publish, whatever it is subscribed to; extras pass."""
+        """client_push; no answer and no publish, whatever it is subscribed to; extras pass."""
         target, other = core.handshake(), core.handshake()
         core.subscribe(other, "/**")
         core.core.client_push(target, "/alarm", {"x": 1}, priority="high", id="7")
@@ -5742,7 +5697,7 @@ class TestProtocol:
         assert core.events(other) == [] and not core.told_of("publish")
 
     def test_client_push_takes_any_extra(self, core):
-        """SEED: client_push {channel, client_id, ...any}"""
+        """client_push {channel, client_id, ...any}"""
         client_id = core.handshake()
         extra = {"event": "x", "details": "y", "reason": "z", "fields": [], "subscriber": None, "successful": True}
         core.core.client_push(client_id, "/a", 1, **extra)
@@ -5751,7 +5706,7 @@ class TestProtocol:
         assert told["event"] == "x" and told["data"] == 1
 
     def test_client_push_answers_a_held_connect(self, core):
-        """SEED: client_push; on a service channel too, as services may answer later."""
+        """client_push; on a service channel too, as services may answer later."""
         client_id = core.handshake()
         held = core.hold(client_id)
         core.core.client_push(client_id, "/service/slow", "done")
@@ -5759,7 +5714,7 @@ class TestProtocol:
         assert held.answer[1:] == [{"channel": "/service/slow", "data": "done"}]
 
     def test_client_push_reaches_a_local_client(self, core):
-        """SEED: by the callback for that channel."""
+        """By the callback for that channel."""
         heard = []
         LocalClient(core, "bot").subscribe("/a", heard.append)
         core.core.client_push("bot", "/a", 1, priority=2)
@@ -5775,7 +5730,7 @@ class TestProtocol:
 
     @for_each("data", [object(), {1, 2}, b"bytes", float("nan"), float("inf"), "\ud800", {"x": "\udfff"}])
     def test_what_json_cannot_hold_raises_and_is_never_queued(self, core, data):
-        """G5: not met only when it is sent, where it would harm others."""
+        """Not met only when it is sent, where it would harm others."""
         client_id = core.handshake()
         core.core.subscribe("/a", client_id)
         client = LocalClient(core, "bot")
@@ -5786,7 +5741,6 @@ class TestProtocol:
         assert core.events(client_id) == [] and not core.told_of("publish") and not core.told_of("client_push")
 
     def test_what_the_caller_does_to_its_data_afterwards_changes_nothing(self, core):
-        """G4"""
         client_id = core.handshake()
         core.core.subscribe("/a", client_id)
         data = {"x": [1]}
@@ -5795,7 +5749,7 @@ class TestProtocol:
         assert core.events(client_id)[0]["data"] == {"x": [1]}
 
     def test_the_server_offers_them_all(self, serve):
-        """SEED: server.publish, subscribe, unsubscribe, client_push, add_listener"""
+        """Server.publish, subscribe, unsubscribe, client_push, add_listener"""
         told = []
         server = serve(callback=lambda event, details: told.append(event))
         with Peer(server) as peer:
@@ -5860,7 +5814,6 @@ class TestProtocol:
             assert "closed for the night" in peer.reply(held)["error"]
 
     def test_who_comes_back_is_told_the_reason(self, server):
-        """C1"""
         with Peer(server) as peer:
             server.end_session(peer.id, "closed for the night")
             reply = peer.ask("/a", data=1)
@@ -5890,7 +5843,7 @@ class TestLocalClients:
     # -- Local clients -----------------------------------------------------------------------
 
     def test_a_local_client_needs_no_handshake(self, core):
-        """SEED: it hears remote clients, and they hear it."""
+        """It hears remote clients, and they hear it."""
         remote = core.handshake()
         core.subscribe(remote, "/chat/*")
         heard = []
@@ -5904,7 +5857,6 @@ class TestLocalClients:
                                        {"channel": "/chat/demo", "data": "hello"}]
 
     def test_an_anonymous_publish_has_no_client_id(self):
-        """SEED"""
         core = CorePeer(anon_publish=True)
         heard = []
         LocalClient(core).subscribe("/a", heard.append)
@@ -5913,7 +5865,7 @@ class TestLocalClients:
         assert heard == [{"channel": "/a", "data": 1}, {"channel": "/a", "data": 2}]
 
     def test_ids_pass_through_and_never_leak_into_the_next(self, core):
-        """SEED: one client's message id leaked into another's event; 0 is an id."""
+        """One client's message id leaked into another's event; 0 is an id."""
         heard = []
         bot = LocalClient(core, "bot")
         bot.subscribe("/a", heard.append)
@@ -5922,7 +5874,7 @@ class TestLocalClients:
         assert [message.get("id", "none") for message in heard] == ["one", "none", 0, "none"]
 
     def test_patterns_work_as_for_sessions(self, core):
-        """N2: and a call for each event and callback, S3."""
+        """And a call for each event and callback."""
         heard, other = [], []
         bot = LocalClient(core)
         for pattern in ("/a/b", "/a/*", "/**"):
@@ -5937,14 +5889,13 @@ class TestLocalClients:
 
     @for_each(("pattern", "code"), [("/meta/**", 403), ("/service/x", 403), ("/*/a", 405), ("a", 405), ("", 405)])
     def test_what_cannot_be_subscribed_raises(self, core, pattern, code):
-        """S2"""
         bot = LocalClient(core)
         with pytest.raises(bayeux_server.BayeuxError, match=str(code)):
             bot.subscribe(pattern, print)
         assert not bot.subscriptions and not core.core.registry._subscribers
 
     def test_without_a_callback_it_is_counted_and_nothing_delivered(self, core):
-        """SEED: args.no_callback; a later subscription may bring one."""
+        """Args.no_callback; a later subscription may bring one."""
         bot = LocalClient(core, "bot")
         bot.subscribe("/a")
         bot.publish("/a", 1)
@@ -5958,7 +5909,7 @@ class TestLocalClients:
         assert len(core.told_of("subscribe")) == 1
 
     def test_unsubscribe_ends_the_calls(self, core):
-        """SEED: unsubscribe; of what is not subscribed it raises (S4)."""
+        """Unsubscribe; of what is not subscribed it raises."""
         heard = []
         bot = LocalClient(core)
         bot.subscribe("/a", heard.append)
@@ -5969,7 +5920,7 @@ class TestLocalClients:
             bot.unsubscribe("/a")
 
     def test_the_server_can_unsubscribe_a_local_client(self, core):
-        """SEED: server.unsubscribe(channel, client_id)"""
+        """Server.unsubscribe(channel, client_id)"""
         heard = []
         bot = LocalClient(core, "bot")
         bot.subscribe("/a", heard.append)
@@ -5979,7 +5930,7 @@ class TestLocalClients:
         assert heard == ["/*"] and bot.subscriptions == {"/*"}
 
     def test_each_subscriber_gets_a_dict_of_its_own(self, core):
-        """SEED: what one does to it is nobody else's, down to nested data."""
+        """What one does to it is nobody else's, down to nested data."""
         remote = core.handshake()
         core.subscribe(remote, "/a")
         heard = []
@@ -6058,7 +6009,7 @@ class TestLocalClients:
         assert LocalClient(core, "bot")
 
     def test_a_closed_client_is_gone(self, core):
-        """SEED: its name is free, its subscriptions are over; closing twice tells nothing new."""
+        """Its name is free, its subscriptions are over; closing twice tells nothing new."""
         heard = []
         with LocalClient(core, "bot", on_end=heard.append) as bot:
             bot.subscribe("/a", heard.append)
@@ -6085,7 +6036,6 @@ class TestLocalClients:
         assert len(heard) == 1 and set(core.core.registry._subscribers) == {"/a"}
 
     def test_two_live_clients_cannot_have_one_name(self, core):
-        """SEED"""
         LocalClient(core, "bot")
         with pytest.raises(ValueError, match="bot"):
             LocalClient(core, "bot")
@@ -6108,7 +6058,7 @@ class TestLocalClients:
     # -- With threads ------------------------------------------------------------------------
 
     def test_a_client_finds_its_server_by_alias(self, serve):
-        """SEED: alias; the name or the server itself, and a clear error where that is not enough."""
+        """Alias; the name or the server itself, and a clear error where that is not enough."""
         server = serve(alias="the only one")
         heard = threading.Event()
         LocalClient("the only one", "a").subscribe("/a", lambda message: heard.set())
@@ -6144,7 +6094,7 @@ class TestLocalClients:
             go_on.set()
 
     def test_events_of_each_publisher_come_in_order_and_one_at_a_time(self, server):
-        """P2: from four threads and a remote client at once."""
+        """From four threads and a remote client at once."""
         heard, done, running = [], threading.Event(), threading.Semaphore(1)
 
         def hear(message):
@@ -6371,7 +6321,7 @@ class TestLongPollWait:
     # -- Long poll wait ----------------------------------------------------------------------
 
     def test_a_publish_answers_held_connects(self, waiting):
-        """C2, C4: from any thread, and from inside."""
+        """From any thread, and from inside."""
         peer = waiting()
         clients = [peer.handshake() for _ in range(100)]
         for client_id in clients:
@@ -6421,7 +6371,7 @@ class TestLongPollWait:
         assert slow.answer[1]["data"] == 1 and quick.answer[1]["data"] == 2
 
     def test_a_held_connect_is_answered_when_its_time_is_over(self, waiting):
-        """C2: the nearest deadline first, though it came last."""
+        """The nearest deadline first, though it came last."""
         peer = waiting(timeout=1000)
         patient = hold_watched(peer, peer.handshake())
         hasty, client_id = WatchedExchange(peer.core), peer.handshake()
@@ -6431,7 +6381,7 @@ class TestLongPollWait:
         assert not patient.sent.is_set()
 
     def test_a_second_connect_releases_the_first(self, waiting):
-        """C3: at once, with nothing else happening."""
+        """At once, with nothing else happening."""
         peer = waiting()
         client_id = peer.handshake()
         older = hold_watched(peer, client_id)
@@ -6440,7 +6390,6 @@ class TestLongPollWait:
         assert len(older.wait()) == 1 and not newer.sent.is_set()
 
     def test_a_disconnect_releases_the_held_connect(self, waiting):
-        """X1"""
         peer = waiting()
         client_id = peer.handshake()
         held = hold_watched(peer, client_id)
@@ -6449,7 +6398,7 @@ class TestLongPollWait:
         assert held.wait()[0]["advice"]["reconnect"] == "none"
 
     def test_a_session_ends_when_its_lease_is_over(self, waiting):
-        """C5: with nobody asking, and listeners are told."""
+        """With nobody asking, and listeners are told."""
         peer = waiting(connect_timeout=0.02)
         client_id = peer.handshake()
         wait_until(lambda: peer.told_of("client_disconnect"))
@@ -6457,7 +6406,7 @@ class TestLongPollWait:
                                                       "reason": "timeout"}] and not peer.core.sessions
 
     def test_order_is_kept_over_lost_answers_and_broken_connections(self, waiting):
-        """P2, C6: every third answer is lost, every fifth connection breaks, every seventh connect is doubled."""
+        """Every third answer is lost, every fifth connection breaks, every seventh connect is doubled."""
         peer = waiting(timeout=0.01)
         publisher, subscriber = peer.handshake(), peer.handshake()
         peer.subscribe(subscriber, "/a")
@@ -6596,7 +6545,7 @@ class TestLongPollWait:
                 peer.close()
 
     def test_a_hostile_timesync_does_not_stop_the_server(self, server):
-        """E2, G5: one client's numbers, everybody's answers."""
+        """One client's numbers, everybody's answers."""
         with Peer(server) as hostile, Peer(server) as other:
             for peer in (hostile, other):
                 peer.subscribe("/a")
@@ -6608,7 +6557,7 @@ class TestLongPollWait:
                 assert [event["data"] for event in peer.read_answer().batch[1:]] == [1]
 
     def test_data_that_is_no_unicode_does_not_stop_the_server(self, server):
-        """G5: a lone surrogate from inside the process is refused where it comes from."""
+        """A lone surrogate from inside the process is refused where it comes from."""
         with Peer(server) as peer:
             peer.subscribe("/a")
             peer.send_connect()
@@ -6621,7 +6570,7 @@ class TestLongPollWait:
     # -- Long times --------------------------------------------------------------------------
 
     def test_times_beyond_what_a_lock_can_wait_do_no_harm(self, waiting):
-        """C2: "for ever", as somebody may write it."""
+        """"for ever", as somebody may write it."""
         peer = waiting(connect_timeout=1e12, timeout=1e12)
         client_id = peer.handshake()
         peer.subscribe(client_id, "/a")
@@ -7733,7 +7682,7 @@ class TestConnections:
 
     @for_each("hang_up", [socket.socket.close, reset], ids=["close", "reset"])
     def test_events_for_a_connect_that_hung_up_wait_for_the_next(self, server, hang_up):
-        """C6: nothing is lost, the subscriptions neither."""
+        """Nothing is lost, the subscriptions neither."""
         with Peer(server) as peer:
             peer.subscribe("/news")
             peer.hold()
@@ -7956,7 +7905,7 @@ class TestConnections:
         wait_until(lambda: heard, "the reading")
 
     def test_who_takes_in_nothing_is_hung_up_on_and_loses_nothing(self, serve):
-        """C6: an answer that could not be written puts its events back in front."""
+        """An answer that could not be written puts its events back in front."""
         server = serve(request_timeout=0.4)
         with bystander(server), Peer(server) as peer:
             self.fill(server, peer)
@@ -7991,7 +7940,7 @@ class TestConnections:
         wait_until(lambda: has_unsent_output(server), "output that waits")
 
     def test_who_hangs_up_in_the_middle_of_an_answer_loses_nothing(self, server):
-        """C6; and long before request_timeout."""
+        """And long before request_timeout."""
         with bystander(server), Peer(server) as peer:
             self.fill(server, peer)
             reset(peer.socket)
@@ -8059,7 +8008,7 @@ class TestConnections:
             """Nobody is told."""
 
     def test_each_frame_is_told_of_by_itself(self):
-        """C6: what left whole before a hang-up does not come again"""
+        """What left whole before a hang-up does not come again"""
         ours, peers = socket.socketpair()
         ours.setblocking(False)
         peers.setblocking(False)
@@ -8278,7 +8227,7 @@ class TestConnections:
     # -- Busy sockets ------------------------------------------------------------------------
 
     def test_a_socket_carries_only_so_many_sessions(self, serve):
-        """T11: one too many is refused, and those on it go on."""
+        """One too many is refused, and those on it go on."""
         server = serve(max_sessions_per_connection=2)
         with SocketWire(server) as wire:
             sessions = []
@@ -8615,7 +8564,6 @@ class TestConnections:
                 peer.close()
 
     def test_a_hang_up_keeps_the_events(self, serve_tls, tls):
-        """C6"""
         server = serve_tls()
         with Peer(server, tls) as peer:
             peer.subscribe("/news")
@@ -8760,7 +8708,7 @@ class TestHttpTransport:
         (b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: y\r\n" * 4000, 431),
     ], ids=lambda value: repr(value[:60]) if isinstance(value, bytes) else None)
     def test_what_is_no_good_request_is_refused(self, server, data, status):
-        """T5: with its status and a batch, and nobody else notices."""
+        """With its status and a batch, and nobody else notices."""
         with bystander(server):
             refusal(server, data, status)
 
@@ -8898,7 +8846,6 @@ class TestHttpTransport:
 
     @for_each("method", ["PUT", "DELETE", "PATCH", "TRACE", "BREW", "get"])
     def test_unknown_methods_get_405_and_what_is_allowed(self, server, method):
-        """T5"""
         with Wire(server) as wire, bystander(server):
             answer = wire.request(method, "/cometd", self.BODY)
             assert answer.status == 405
@@ -8942,7 +8889,7 @@ class TestHttpTransport:
         "text/json", "text/json; charset=utf8", "text/plain", "text/plain;charset=UTF-8", None,
         "application/x-www-form-urlencoded"])
     def test_json_is_read_whatever_it_is_called(self, server, content_type):
-        """T1, G1: an array or an object; the last type is what `curl -d` says."""
+        """An array or an object; the last type is what `curl -d` says."""
         with Wire(server) as wire:
             headers = {"Content_Type": content_type} if content_type else {}
             for body in (self.TEXT, json.dumps(PING), " \r\n" + self.TEXT + "\n"):
@@ -8951,13 +8898,13 @@ class TestHttpTransport:
 
     @for_each("content_type", [FORM_TYPE, FORM_TYPE + "; charset=UTF-8", FORM_TYPE.upper(), None, "text/plain"])
     def test_a_form_is_read_even_if_it_is_not_called_one(self, server, content_type):
-        """T1: Faye's cross-origin requests have no content type."""
+        """Faye's cross-origin requests have no content type."""
         with Wire(server) as wire:
             headers = {"Content_Type": content_type} if content_type else {}
             assert wire.request("POST", "/cometd", self.FORM.encode(), **headers).batch[0]["id"] == "p"
 
     def test_a_form_of_many_messages(self, server):
-        """T1: each parameter an object or an array; other parameters mean nothing."""
+        """Each parameter an object or an array; other parameters mean nothing."""
         one, two = json.dumps({**PING, "id": 1}), json.dumps([{**PING, "id": 2}, {**PING, "id": 3}])
         form = urllib.parse.urlencode([("other", "x"), ("message", one), ("message", two)])
         with Wire(server) as wire:
@@ -8966,7 +8913,7 @@ class TestHttpTransport:
 
     @for_each("suffix", ["", "/", "/handshake", "/connect", "/a/b/c", "?query=1", "/connect?x"])
     def test_the_path_may_have_a_suffix(self, server, suffix):
-        """T1: CometD's client appends the message type."""
+        """CometD's client appends the message type."""
         with Wire(server) as wire:
             assert wire.request("POST", "/cometd" + suffix, self.TEXT.encode()).batch[0]["id"] == "p"
 
@@ -8980,7 +8927,6 @@ class TestHttpTransport:
             assert wire.request("POST", "/cometd", self.TEXT.encode()).status == 404
 
     def test_the_headers_of_a_reply(self, server):
-        """T1"""
         with Wire(server) as wire:
             headers = wire.request("POST", "/cometd", self.TEXT.encode()).headers
             assert headers["content-type"] == "application/json; charset=utf-8"
@@ -8989,7 +8935,6 @@ class TestHttpTransport:
             assert headers["date"].endswith(" GMT")
 
     def test_text_is_utf_8_both_ways(self, server):
-        """G4"""
         text = "Grüße \u2028 \U0001f600 \0"
         with Peer(server) as peer:
             peer.subscribe("/chat")
@@ -9007,7 +8952,7 @@ class TestHttpTransport:
 
     @for_each("content_type", ["application/json", FORM_TYPE, "text/plain"])
     def test_what_holds_no_batch_gets_400_and_never_an_empty_array(self, server, content_type):
-        """T5, G5: the original answered with [] and clients sent again for ever."""
+        """The original answered with [] and clients sent again for ever."""
         with Wire(server) as wire:
             for body in self.NO_BATCHES:
                 with bystander(server):
@@ -9018,7 +8963,7 @@ class TestHttpTransport:
 
     @for_each("value", [None, 1, "text", True, [], {}])
     def test_what_is_no_message_is_answered_one_by_one(self, server, value):
-        """G1, T5: a Bayeux error is HTTP 200."""
+        """A Bayeux error is HTTP 200."""
         with Wire(server) as wire, bystander(server):
             answer = wire.request("POST", "/cometd", json.dumps([value, PING, value]).encode())
             assert answer.status == 200
@@ -9033,7 +8978,7 @@ class TestHttpTransport:
             assert is_bayeux_failure(answer)
 
     def test_a_message_over_max_message_size_is_refused_alone(self, server):
-        """T5: its neighbours are handled."""
+        """Its neighbours are handled."""
         large = {"channel": "/chat", "data": "x" * 70_000, "id": "large"}
         with Wire(server) as wire:
             answer = wire.request("POST", "/cometd", json.dumps([large, PING]).encode())
@@ -9042,7 +8987,6 @@ class TestHttpTransport:
             assert answer.batch[0]["error"].startswith("413:")
 
     def test_an_unknown_client_is_a_bayeux_error(self, server):
-        """T5, C1"""
         with Wire(server) as wire:
             answer = wire.request("POST", "/cometd", json.dumps([CorePeer.connect_message("unknown")]).encode())
             assert answer.status == 200
@@ -9074,7 +9018,6 @@ class TestHttpTransport:
     # -- Callback polling --------------------------------------------------------------------
 
     def test_the_default_name(self, server):
-        """T3"""
         with Wire(server) as wire:
             answer = wire.request("GET", jsonp_target(PING), **OWN_PAGE)
             assert script_batch(answer)[0]["id"] == "p"
@@ -9083,7 +9026,6 @@ class TestHttpTransport:
 
     @for_each("name", ["cb", "a.b.c", "_$9", "dojo.io.script.jsonp_dojoIoScript1._jsonpCallback", "x" * 64])
     def test_a_name_of_the_client_s(self, server, name):
-        """T3"""
         with Wire(server) as wire:
             assert script_batch(wire.request("GET", jsonp_target(PING, jsonp=name), **OWN_PAGE), name)[0]["id"] == "p"
 
@@ -9091,7 +9033,6 @@ class TestHttpTransport:
         "alert(1)//", "a;b", "a b", "a..b", ".a", "a.", "9a", "a[0]", "x" * 65, "<script>", "a\n", "a\u2028", "ä",
         "a\0", "*/alert(1)/*", "a'", "a\r\nSet-Cookie: x=y"])
     def test_a_hostile_name_is_refused_and_not_repeated(self, server, name):
-        """T3"""
         with Wire(server) as wire, bystander(server):
             answer = wire.request("GET", jsonp_target(PING, jsonp=name), **OWN_PAGE)
             assert answer.status == 400
@@ -9103,7 +9044,7 @@ class TestHttpTransport:
     @for_each("query", ["", "?", "?jsonp=cb", "?message=", "?message=[]", "?message=no", "?message=%ff",
                         "?message=%ED%A0%80", "?message=[" + "[" * 5000])
     def test_a_bad_message_gets_400_as_a_script(self, server, query):
-        """T3, T5: so that the page learns it."""
+        """So that the page learns it."""
         with Wire(server) as wire, bystander(server):
             answer = wire.request("GET", "/cometd" + query, **OWN_PAGE)
             assert answer.status == 400
@@ -9111,7 +9052,7 @@ class TestHttpTransport:
             assert failure["successful"] is False
 
     def test_line_separators_are_escaped(self, server):
-        """T3, G4: U+2028 and U+2029 end a line in older scripts."""
+        """U+2028 and U+2029 end a line in older scripts."""
         with Peer(server) as peer:
             peer.subscribe("/chat")
             peer.publish("/chat", "a\u2028b\u2029c")
@@ -9121,7 +9062,7 @@ class TestHttpTransport:
             assert "\u2028" not in answer.body.decode() and "\u2029" not in answer.body.decode()
 
     def test_a_whole_conversation(self, server):
-        """T3, H5: handshake, subscribe, a held connect, publish, disconnect."""
+        """Handshake, subscribe, a held connect, publish, disconnect."""
         with Wire(server) as wire, Wire(server) as side:
             def call(connection, **message):
                 return script_batch(connection.request("GET", jsonp_target(message, jsonp="f"), **OWN_PAGE), "f")
@@ -9142,7 +9083,6 @@ class TestHttpTransport:
             assert call(side, **connect)[0]["advice"]["reconnect"] == "handshake"
 
     def test_many_message_parameters(self, server):
-        """T1, T3"""
         with Wire(server) as wire:
             answer = wire.request("GET", jsonp_target({**PING, "id": 1}) + "&message=" + urllib.parse.quote(
                 json.dumps({**PING, "id": 2})), **OWN_PAGE)
@@ -9164,7 +9104,7 @@ class TestHttpTransport:
 
     @for_each("asked", [True, 1])
     def test_every_reply_of_the_session_is_filtered(self, server, asked):
-        """E6: from the handshake's on, the held connect's too."""
+        """From the handshake's on, the held connect's too."""
         with Wire(server) as wire, Wire(server) as side, bystander(server):
             handshake, = self.ask_filter(wire, {**HANDSHAKE, "ext": {"json-comment-filtered": asked}})
             assert handshake["ext"]["json-comment-filtered"] is True
@@ -9185,14 +9125,12 @@ class TestHttpTransport:
 
     @for_each("ext", [None, {}, {"json-comment-filtered": False}, {"json-comment-filtered": 0}, 1, [1]])
     def test_who_did_not_ask_gets_plain_json(self, server, ext):
-        """E6, G3"""
         with Wire(server) as wire:
             reply, = wire.post({**HANDSHAKE, "ext": ext})
             assert reply["successful"]
             assert "ext" not in reply
 
     def test_it_can_be_switched_off(self, serve):
-        """E6"""
         with Wire(serve(json_comment_filtered=False)) as wire:
             reply, = wire.post({**HANDSHAKE, "ext": {"json-comment-filtered": True}})
             assert reply["successful"]
@@ -9224,7 +9162,7 @@ class TestHttpTransport:
         return replies
 
     def test_a_dojo_client_of_2008(self, serve):
-        """SEED: forms, ids from "0", timestamps, comments, the first connect, an echo, /meta/ping, an event."""
+        """Forms, ids from "0", timestamps, comments, the first connect, an echo, /meta/ping, an event."""
         server = serve(services={"echo": lambda message: {"data": message["data"]}})
         self.calls = 0
         with Wire(server) as wire, Wire(server) as side:
@@ -9271,7 +9209,6 @@ class TestHttpTransport:
         "https://127.0.0.1", "https://127.0.0.1:80", "http://127.0.0.1:443", "http://127.0.0.1/",
         "http://user@127.0.0.1", "http://" + "a" * 300, "http://127.0.0.1, http://127.0.0.1"])
     def test_foreign_origins_get_nothing_by_default(self, server, origin):
-        """T6"""
         with bystander(server):
             for method in ("POST", "OPTIONS"):
                 answer = self.ask_from_origin(server, method, Origin=origin, Access_Control_Request_Method="POST")
@@ -9281,13 +9218,12 @@ class TestHttpTransport:
 
     @for_each("origin", ["http://127.0.0.1", "http://127.0.0.1:80", "HTTP://127.0.0.1", "http://127.0.0.1:", None])
     def test_the_own_origin_and_no_origin_pass(self, server, origin):
-        """T6: the port of http or https may be left out.  No origin: no browser."""
+        """The port of http or https may be left out.  No origin: no browser."""
         answer = self.ask_from_origin(server, **({"Origin": origin} if origin else {}))
         assert answer.status == 200
         assert self.access_headers(answer) == {}
 
     def test_an_allowed_origin_is_echoed_exactly_with_credentials(self, serve):
-        """T6"""
         server = serve(allowed_origins=[self.ELSEWHERE, "http://second.example:81"])
         for origin in (self.ELSEWHERE, "http://second.example:81"):
             answer = self.ask_from_origin(server, Origin=origin)
@@ -9335,7 +9271,6 @@ class TestHttpTransport:
         assert advice in record.getMessage()
 
     def test_a_preflight_of_an_allowed_origin(self, serve):
-        """T6"""
         answer = self.ask_from_origin(serve(allowed_origins=[self.ELSEWHERE]), "OPTIONS", Origin=self.ELSEWHERE,
                           Access_Control_Request_Method="POST", Access_Control_Request_Headers="content-type")
         assert answer.status == 204
@@ -9346,21 +9281,20 @@ class TestHttpTransport:
 
     @for_each(("asked", "is_allowed"), [("pragma", True), ("authorization, x-a", True), ("a b", False), ("a,", False)])
     def test_a_preflight_allows_the_headers_it_asks_for(self, serve, asked, is_allowed):
-        """T6: Faye's XHR sends Pragma, and Chromium asks first."""
+        """Faye's XHR sends Pragma, and Chromium asks first."""
         answer = self.ask_from_origin(serve(allowed_origins=[self.ELSEWHERE]), "OPTIONS", Origin=self.ELSEWHERE,
                           Access_Control_Request_Method="POST", Access_Control_Request_Headers=asked)
         assert answer.headers["access-control-allow-headers"].endswith(", " + asked) == is_allowed
 
     @for_each("method", ["POST", "OPTIONS"])
     def test_any_origin_comes_without_credentials(self, serve, method):
-        """T6"""
         answer = self.ask_from_origin(serve(allowed_origins=["*"]), method, Origin=self.ELSEWHERE)
         assert answer.status in (200, 204)
         assert answer.headers["access-control-allow-origin"] == "*"
         assert "access-control-allow-credentials" not in answer.headers
 
     def test_a_page_of_an_allowed_origin_can_read_errors_too(self, serve):
-        """T6: without the header it sees a network failure, and tries again at once."""
+        """Without the header it sees a network failure, and tries again at once."""
         with Wire(serve(allowed_origins=[self.ELSEWHERE])) as wire:
             answer = wire.request("POST", "/cometd", b"no JSON", Origin=self.ELSEWHERE)
             assert answer.status == 400
@@ -9373,13 +9307,13 @@ class TestHttpTransport:
         {"Referer": "http://127.0.0.1@elsewhere.example/"}, {"Referer": "http://elsewhere.example?http://127.0.0.1/"},
         {"Origin": "https://elsewhere.example"}])
     def test_scripts_for_foreign_pages_are_refused(self, server, headers):
-        """T6: whoever loads one, with the visitor's cookies, could read his events."""
+        """Whoever loads one, with the visitor's cookies, could read his events."""
         with bystander(server):
             assert self.ask_from_origin(server, "GET", jsonp_target(HANDSHAKE), **headers).status == 403
         assert len(server.core.sessions) == 1, "only the bystander's"
 
     def test_scripts_for_pages_that_do_not_tell_their_origin_are_refused(self, server, caplog):
-        """T10: a page can leave out Referer, and where there is no TLS browsers send no Sec-Fetch-Site."""
+        """A page can leave out Referer, and where there is no TLS browsers send no Sec-Fetch-Site."""
         caplog.set_level(logging.INFO)
         answer = self.ask_from_origin(server, "GET", jsonp_target(HANDSHAKE))
         assert answer.status == 403
@@ -9389,7 +9323,6 @@ class TestHttpTransport:
         assert server.core.sessions == {}
 
     def test_scripts_for_any_page_are_served_if_any_origin_is_allowed(self, serve):
-        """T10"""
         assert self.ask_from_origin(serve(allowed_origins=["*"]), "GET", jsonp_target(PING)).status == 200
 
     @for_each("headers", [
@@ -9398,11 +9331,9 @@ class TestHttpTransport:
         {"Sec_Fetch_Site": "same-origin"}, {"Sec_Fetch_Site": "none"},
         {"Referer": "http://127.0.0.1/page", "Sec_Fetch_Site": "same-origin"}])
     def test_scripts_for_own_pages_are_served(self, server, headers):
-        """T6"""
         assert script_batch(self.ask_from_origin(server, "GET", jsonp_target(PING), **headers))[0]["successful"]
 
     def test_scripts_for_allowed_pages_are_served(self, serve):
-        """T6"""
         server = serve(allowed_origins=[self.ELSEWHERE])
         assert self.ask_from_origin(server, "GET", jsonp_target(PING), Referer=self.ELSEWHERE + "/page",
                         Sec_Fetch_Site="cross-site").status == 200
@@ -9417,7 +9348,6 @@ class TestHttpTransport:
         return core.ask({"channel": "/meta/handshake", "version": "1.0", "supportedConnectionTypes": list(types)})[0]
 
     def test_not_offered_where_no_origin_is_allowed(self, core):
-        """H1"""
         reply = self.offer_types(core, self.TYPE)
         assert not reply["successful"]
         assert self.TYPE not in reply["supportedConnectionTypes"]
@@ -9433,7 +9363,6 @@ class TestHttpTransport:
             "long-polling", self.TYPE}
 
     def test_it_is_long_polling(self):
-        """C2, C4"""
         core = CorePeer(allowed_origins=["*"])
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
@@ -9443,7 +9372,7 @@ class TestHttpTransport:
         assert exchange.answer[1:] == [{"channel": "/a", "data": 1}]
 
     # -- Hosts -------------------------------------------------------------------------------
-    # T10: a page of another name that was led to this machine (DNS rebinding) is told nothing.
+    # A page of another name that was led to this machine (DNS rebinding) is told nothing.
 
     @staticmethod
     def ask_host(server, host, target="/", version="1.1", more=""):
@@ -9562,7 +9491,6 @@ class TestHttpTransport:
         return answer.batch[0]["clientId"], answer.headers.get("set-cookie")
 
     def test_a_handshake_names_the_browser(self, server):
-        """T7"""
         with Wire(server) as wire:
             _, cookie = self.handshake_cookie(wire)
             name, *attributes = cookie.split("; ")
@@ -9576,22 +9504,20 @@ class TestHttpTransport:
     @for_each("cookie", ["BAYEUX_BROWSER=", "BAYEUX_BROWSER=a b", "XBAYEUX_BROWSER=abc", "=;=;",
                          "BAYEUX_BROWSER=" + "x" * 65, "BAYEUX_BROWSER=<script>"])
     def test_a_strange_cookie_is_none(self, server, cookie):
-        """T7"""
         with Wire(server) as wire:
             assert self.handshake_cookie(wire, Cookie=cookie)[1] is not None
 
     def test_it_is_secure_under_tls(self, serve_tls, tls):
-        """T7"""
         with Wire(serve_tls(), tls) as wire:
             assert self.handshake_cookie(wire)[1].endswith("; Secure")
 
     def test_no_cookie_is_ever_required(self, server):
-        """T7: many clients keep none."""
+        """Many clients keep none."""
         with Peer(server) as peer:
             assert peer.poll().data == []
 
     def test_the_second_session_of_a_browser_is_told_to_poll(self, serve):
-        """T7: as long as the first holds its connect."""
+        """As long as the first holds its connect."""
         server = serve(max_sessions_per_browser=1)
         with Wire(server) as first, Wire(server) as second, Wire(server) as stranger:
             first_id, cookie = self.handshake_cookie(first)
@@ -9614,7 +9540,7 @@ class TestHttpTransport:
             until_held(server, second_id)
 
     def test_four_sessions_of_a_browser_are_held_by_default(self, server):
-        """T7: a browser opens six connections to a host, and what they hold is no use for anything else."""
+        """A browser opens six connections to a host, and what they hold is no use for anything else."""
         with Wire(server) as wire:
             _, cookie = self.handshake_cookie(wire)
             headers = {"Cookie": cookie.partition(";")[0]}
@@ -9630,7 +9556,7 @@ class TestHttpTransport:
                 each.close()
 
     def test_a_bound_session_works_only_with_its_cookie(self, serve):
-        """T7: a stolen clientId is worth nothing."""
+        """A stolen clientId is worth nothing."""
         server = serve(bind_sessions=True)
         with Wire(server) as wire:
             client_id, cookie = self.handshake_cookie(wire)
@@ -9683,7 +9609,7 @@ class TestHttpTransport:
             assert other.ask("/meta/disconnect")["successful"]
 
     def test_a_stream_too_many_is_refused_in_a_bayeux_array(self, serve, caplog):
-        """T5: 503, Retry-After; whereupon stock clients fall back to long-polling."""
+        """503, Retry-After; whereupon stock clients fall back to long-polling."""
         server = serve(client_max_connections=1)
         with Peer(server) as peer, Wire(server) as wire:
             peer.hold()
@@ -9786,7 +9712,7 @@ class TestHttpTransport:
     # -- Content handlers --------------------------------------------------------------------
 
     def test_what_a_handler_may_return(self, serve):
-        """SEED, ContentHandler: text, bytes or a Response, for its path and all below."""
+        """ContentHandler: text, bytes or a Response, for its path and all below."""
         server = serve(content_handlers={
             "/text": lambda request: "<b>ü</b>", "/bytes": lambda request: b"bytes",
             "/own": lambda request: bayeux_server.Response("made", 201, {"X-Own": "yes"})})
@@ -9911,7 +9837,7 @@ class TestHttpTransport:
     # -- Post handle -------------------------------------------------------------------------
 
     def test_it_may_change_everything(self, serve, tmp_path):
-        """SEED, PostHandle: status, headers and body, of files, errors and content handlers."""
+        """PostHandle: status, headers and body, of files, errors and content handlers."""
         (tmp_path / "file.txt").write_text("file")
         seen = []
 
@@ -9951,7 +9877,7 @@ class TestHttpTransport:
         assert len(errors.take()) <= 1
 
     # -- Web socket --------------------------------------------------------------------------
-    # T4, over real sockets.
+    # Over real sockets.
 
     # -- The upgrade -----------------------------------------------------------------------
     @for_each(("changes", "status"), [
@@ -9987,20 +9913,18 @@ class TestHttpTransport:
             assert wire.request("GET", "/cometd/websocket", **upgrade_headers()).status == 101
 
     def test_a_foreign_origin_is_refused(self, serve):
-        """T6"""
         with Wire(serve(allowed_origins=["https://good.example"])) as wire:
             for origin in ("https://bad.example", "http://good.example", "https://good.example.bad.example", "null"):
                 assert wire.request("GET", "/cometd", **upgrade_headers(Origin=origin)).status == 403
 
     @for_each("origin", ["https://good.example", "http://127.0.0.1", None])
     def test_an_allowed_origin_our_own_and_none_are_welcome(self, serve, origin):
-        """T6"""
         server = serve(allowed_origins=["https://good.example"])
         with SocketWire(server, Origin=origin) as wire:
             assert wire.ask_batch({"channel": "/meta/handshake", "version": "1.0"})[0]["successful"]
 
     def test_what_we_do_not_know_is_not_agreed_on(self, server):
-        """T4: a subprotocol, an extension"""
+        """A subprotocol, an extension"""
         with Wire(server) as wire:
             answer = wire.request("GET", "/cometd", **upgrade_headers(
                 Sec_WebSocket_Protocol="cometd, bayeux", Sec_WebSocket_Extensions="permessage-deflate"))
@@ -10036,7 +9960,7 @@ class TestHttpTransport:
     # -- Batches ---------------------------------------------------------------------------
 
     def test_batches_go_both_ways(self, server):
-        """G1: one frame in, one frame out, a reply each, in order"""
+        """One frame in, one frame out, a reply each, in order"""
         with SocketWire(server) as wire:
             client_id = wire.ask_batch({"channel": "/meta/handshake", "version": "1.0"})[0]["clientId"]
             replies = wire.ask_batch(
@@ -10066,7 +9990,6 @@ class TestHttpTransport:
 
     @for_each("text", ["", "x", "[", "[]", "null", '"x"', '{"a": 1, "a": 2}', "[NaN]", "[" * 200])
     def test_what_holds_no_batch_is_refused_and_the_socket_lives(self, server, text):
-        """G5"""
         with SocketWire(server) as wire:
             wire.send_frame(TEXT_FRAME, text.encode())
             batch = wire.read_batch()
@@ -10077,7 +10000,7 @@ class TestHttpTransport:
 
     @for_each("letter", ["x", "é", "☃"])
     def test_a_message_too_large_is_refused_and_its_neighbours_are_not(self, serve, letter):
-        """T4: bytes are counted, whatever the characters"""
+        """Bytes are counted, whatever the characters"""
         with SocketPeer(serve(max_message_size=3000)) as peer:
             data = letter * (3000 // len(letter.encode()))
             peer.send_frame(TEXT_FRAME, json.dumps([
@@ -10090,7 +10013,7 @@ class TestHttpTransport:
     # -- Events ----------------------------------------------------------------------------
 
     def test_events_leave_as_frames_of_their_own(self, server):
-        """T4: the connect goes on being held"""
+        """The connect goes on being held"""
         with SocketPeer(server) as peer:
             peer.subscribe("/a")
             held = peer.send_connect()
@@ -10107,13 +10030,11 @@ class TestHttpTransport:
             assert peer.receive(1) == ["x"]
 
     def test_a_held_connect_is_released_by_its_timeout(self, serve):
-        """C2"""
         with SocketPeer(serve(timeout=0.05)) as peer:
             for _ in range(3):
                 assert peer.connect().data == []
 
     def test_a_newer_connect_releases_the_older(self, server):
-        """C3"""
         with SocketPeer(server) as peer:
             first, second = peer.send_connect(), peer.send_connect()
             assert peer.reply(first)["successful"]
@@ -10149,7 +10070,6 @@ class TestHttpTransport:
     # -- Sessions outlive sockets ----------------------------------------------------------
 
     def test_a_new_socket_carries_on_a_live_session(self, server):
-        """T4"""
         with SocketPeer(server) as first:
             first.subscribe("/a")
             with SocketPeer(server, client_id=first.id) as second:
@@ -10160,7 +10080,6 @@ class TestHttpTransport:
                 assert second.receive(1) == ["y"]
 
     def test_a_hang_up_keeps_the_session_and_its_events(self, server):
-        """C6"""
         with SocketPeer(server) as first:
             first.subscribe("/a")
             first.hold()
@@ -10172,7 +10091,6 @@ class TestHttpTransport:
             assert second.receive(3) == [0, 1, 2]
 
     def test_changing_the_transport_keeps_order_and_loses_nothing(self, server):
-        """C6, P2"""
         total, taken, is_over = 300, [], threading.Event()
         with Wire(server) as polling, LocalClient(server) as publisher:
             client_id = polling.post({"channel": "/meta/handshake", "version": "1.0"})[0]["clientId"]
@@ -10219,7 +10137,6 @@ class TestHttpTransport:
             assert [data[0] for data in peer.receive(total)] == list(range(total))
 
     def test_a_hang_up_puts_back_what_was_not_written(self, serve):
-        """C6"""
         server = serve(max_frame_events=10)
         total = 200
         with SocketPeer(server) as peer:
@@ -10240,7 +10157,7 @@ class TestHttpTransport:
         assert len(numbers) > waiting
 
     def test_a_closing_socket_takes_no_events_and_no_time(self, server):
-        """C6: what cannot be written waits, and is not tried again and again"""
+        """What cannot be written waits, and is not tried again and again"""
         with SocketPeer(server) as peer:
             peer.subscribe("/a")
             sent, send = [], server.core.send
@@ -10429,7 +10346,6 @@ class TestHttpTransport:
             assert peer.receive(20) == list(range(20))
 
     def test_a_disconnect_leaves_the_socket_open(self, server):
-        """X1"""
         with SocketPeer(server) as peer:
             held = peer.send_connect()
             assert peer.ask("/meta/disconnect")["successful"]
@@ -10460,7 +10376,6 @@ class TestHttpTransport:
             wait_until(lambda: third.request("GET", "/cometd", **upgrade_headers()).status == 101)
 
     def test_a_bound_session_needs_the_cookie_on_the_socket_too(self, serve):
-        """T7"""
         server = serve(bind_sessions=True)
         with Wire(server) as wire:
             wire.send_post({"channel": "/meta/handshake", "version": "1.0"})
@@ -10473,7 +10388,7 @@ class TestHttpTransport:
             assert owner.ask_batch(connect)[0]["successful"]
 
     def test_a_session_begun_on_a_socket_is_bound_by_the_cookie_of_the_upgrade(self, serve):
-        """T7: a frame carries no cookie, so a browser that has none is named when it upgrades."""
+        """A frame carries no cookie, so a browser that has none is named when it upgrades."""
         server = serve(bind_sessions=True)
         with Wire(server) as wire:
             cookie = wire.request("GET", "/cometd", **upgrade_headers()).headers["set-cookie"]
@@ -10485,7 +10400,7 @@ class TestHttpTransport:
             assert owner.ask_batch(connect)[0]["successful"]
 
     # -- Event stream ------------------------------------------------------------------------
-    # T8: requests by POST, events as server-sent events.
+    # Requests by POST, events as server-sent events.
 
     @staticmethod
     def connect(peer, **fields):
@@ -10531,7 +10446,6 @@ class TestHttpTransport:
                 assert reply["advice"]["interval"] == interval
 
     def test_order_is_kept_and_nothing_lost(self, serve):
-        """P2"""
         server = serve(max_frame_events=7)
         with Peer(server) as peer, EventWire(server, peer.id) as stream:
             peer.subscribe("/a")
@@ -10540,7 +10454,7 @@ class TestHttpTransport:
             assert stream.receive(500) == list(range(500))
 
     def test_events_that_waited_come_with_the_stream(self, serve):
-        """C6; bounded by max_frame_events"""
+        """Bounded by max_frame_events"""
         server = serve(max_frame_events=3)
         with Peer(server) as peer:
             peer.subscribe("/a")
@@ -10608,7 +10522,6 @@ class TestHttpTransport:
             assert stream.answer.status == 200 and stream.read_batch() is None
 
     def test_the_end_of_the_session_ends_the_stream(self, server):
-        """X1"""
         with Peer(server) as peer, EventWire(server, peer.id) as stream:
             self.connect(peer)
             assert peer.ask("/meta/disconnect")["successful"]
@@ -10639,7 +10552,6 @@ class TestHttpTransport:
             assert stream.receive(1) == ["x"]
 
     def test_a_foreign_origin_is_refused_and_an_allowed_one_named(self, serve):
-        """T6"""
         server = serve(allowed_origins=["https://good.example"])
         with Peer(server) as peer:
             with EventWire(server, peer.id, Origin="https://bad.example") as stream:
@@ -10649,7 +10561,6 @@ class TestHttpTransport:
                 assert stream.answer.headers["access-control-allow-origin"] == "https://good.example"
 
     def test_a_bound_session_needs_its_cookie(self, serve):
-        """T7"""
         server = serve(bind_sessions=True)
         with Wire(server) as wire:
             wire.send_post({"channel": "/meta/handshake", "version": "1.0"})
@@ -10675,7 +10586,6 @@ class TestHttpTransport:
             peer.close()
 
     def test_with_acknowledgement_events_come_with_connects(self, server):
-        """E1"""
         with Wire(server) as wire:
             client_id = wire.post({"channel": "/meta/handshake", "version": "1.0", "ext": {"ack": True},
                                    "supportedConnectionTypes": ["eventsource"]})[0]["clientId"]
@@ -10705,7 +10615,6 @@ class TestHttpTransport:
     # The core does not know what carries its messages; so one body of text holds for all transports.
 
     def test_from_handshake_to_disconnect(self, medium):
-        """H1, C1, C2, S1, P1, S4, X1"""
         begin = medium()
         ann, bob = begin(), begin()
         batch = ann.poll()
@@ -10721,7 +10630,6 @@ class TestHttpTransport:
         assert ann.ask("/chat/demo", data=1)["advice"]["reconnect"] == "handshake"
 
     def test_order_is_kept(self, medium):
-        """P2"""
         begin = medium()
         ann, bob = begin(), begin()
         ann.poll()
@@ -10732,7 +10640,6 @@ class TestHttpTransport:
 
     @for_each("data", [None, False, 0, "", [], {}, "\u2028", "a" * 5000])
     def test_every_json_value_arrives(self, medium, data):
-        """G4"""
         ann = medium()()
         ann.poll()
         ann.ask("/meta/subscribe", subscription="/a")
@@ -10740,14 +10647,12 @@ class TestHttpTransport:
         assert ann.receive(1) == [data]
 
     def test_a_service_answers_its_caller(self, medium):
-        """V1"""
         ann = medium(services={"echo": lambda message: {"data": message["data"]}})()
         assert ann.ask("/service/echo", data="x", id=7) == {
             "channel": "/service/echo", "successful": True, "id": 7, "data": "x"}
         assert ann.ask("/service/none", data="x")["error"].startswith("404:")
 
     def test_an_unknown_client_is_told_to_shake_hands(self, medium):
-        """C1"""
         ann = medium()()
         ann.id = "nobody"
         reply = ann.poll().reply
@@ -10803,7 +10708,7 @@ class TestFiles:
         assert answer.headers["content-type"] == "text/html; charset=utf-8"
 
     def test_directory_index_is_tried_in_order(self, serve, site):
-        """SEED, DirectoryIndex"""
+        """DirectoryIndex"""
         with Wire(serve(docroot=str(site), directory_index=["start.html", "default.html", "index.html"])) as wire:
             assert wire.request("GET", "/folder/").body == b"default"
             assert wire.request("GET", "/").body == b"<p>index"
@@ -10821,7 +10726,7 @@ class TestFiles:
         assert "location" not in answer.headers
 
     def test_type_expires(self, serve, site):
-        """SEED, TypeExpires: Expires, and Cache-Control: max-age."""
+        """TypeExpires: Expires, and Cache-Control: max-age."""
         with Wire(serve(docroot=str(site), type_expires={"text/plain": 3600})) as wire:
             headers = wire.request("GET", "/digits.txt").headers
             assert headers["cache-control"] == "max-age=3600"
@@ -11312,7 +11217,7 @@ class TestServer:
     CONTROLS = "\x85\x1b\x9b2J\u2028\u2029\x7f\r\n2026-01-01 00:00:00,000 INFO forged\ud800\u202e"
 
     def test_nothing_from_the_network_steers_or_forges_the_log(self, serve, tmp_path, errors):
-        """C0, C1, NEL, the separators of Unicode, and what turns the direction of text; in tracebacks too."""
+        """NEL, the separators of Unicode, and what turns the direction of text; in tracebacks too."""
         def fail(message):
             raise RuntimeError(message["data"])
 
@@ -11815,7 +11720,7 @@ class TestServer:
         assert heard[-1] == ("client_disconnect", {"client_id": peer.id, "reason": "server shutdown"})
 
     def test_the_port_is_free_at_once_and_clients_carry_on_there(self, server, serve):
-        """A client that comes back to another server on the same port is told to handshake again: C1."""
+        """A client that comes back to another server on the same port is told to handshake again."""
         peer = Peer(server)
         peer.send_connect()
         until_held(server, peer.id)
