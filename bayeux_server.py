@@ -2611,8 +2611,8 @@ class Bayeux:
 
     def _farewell(self, session: Session, reason: str) -> dict:
         """What a held connect is told when its session ends."""
-        if reason == ENDED_ASKED:
-            return {"advice": {"reconnect": "none", "interval": 0}}
+        if reason == ENDED_ASKED:           # its client knows; the original's own dies of an advice of "none" here
+            return {}
         if reason == ENDED_SHUTDOWN:
             # A millisecond of spread for each session, so that they do not all come back at once.  (No
             # fixed second: aiocometd reads interval as seconds.)
