@@ -3951,8 +3951,9 @@ class Connection:
             self._shut(socket.SHUT_WR)          # and wait for the peer's end, or a reset may overtake the answer
 
     def abort(self) -> None:
-        """Hang up.  The leader notices, and closes."""
+        """Hang up.  The leader notices, and closes.  What comes until then is not read: a TLS socket gives ciphertext."""
         with self.lock:
+            self.is_closing = True
             self._shut(socket.SHUT_RDWR)
         self.watch.resume(self)
 

@@ -8119,6 +8119,21 @@ class TestConnections:
                 assert other.request("OPTIONS", "/cometd").status == 204
         assert connection.protocol is server.http and not server.core.kept_open
 
+    def test_what_comes_on_an_aborted_connection_is_not_read(self, server, caplog):
+        """Over TLS it would be the ciphertext: a shutdown takes the layer away that deciphers it."""
+        caplog.set_level(logging.INFO, "bayeux_server")
+        with Wire(server) as wire:
+            assert wire.post(PING)[0]["successful"]
+            connection, = server.watch.connections
+
+            def abort():
+                """On the leader, so that the request is there when it looks again."""
+                wire.send(whole_post({"channel": "/meta/unknown"}))
+                connection.abort()
+            server.watch.do_soon(abort)
+            wait_until(lambda: connection.is_closed)
+        assert "refused" not in caplog.text
+
     def test_what_was_closed_while_it_became_a_stream_is_not_counted(self, serve):
         """The leader may close a connection that a handler thread is about to upgrade."""
         server = serve(client_max_connections=10)
