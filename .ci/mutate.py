@@ -105,9 +105,11 @@ class Finder(ast.NodeVisitor):
         self.mutants = {}
         self.scopes = []            # the functions and classes around the present node
         self.statement = None       # the innermost one
-        self.locks = {self.name_of(target) for node in ast.walk(self.tree) if isinstance(node, (ast.Assign, ast.AnnAssign))
+        self.locks = {self.name_of(target) for node in ast.walk(self.tree)
+                      if isinstance(node, (ast.Assign, ast.AnnAssign))
                       for target in getattr(node, "targets", [getattr(node, "target", None)])
-                      if isinstance(node.value, ast.Call) and self.name_of(node.value.func) in ("Lock", "RLock", "Condition")}
+                      if isinstance(node.value, ast.Call)
+                      and self.name_of(node.value.func) in ("Lock", "RLock", "Condition")}
         self.uses = collections.defaultdict(list)       # by name, the statements that use it
         self.index_uses(self.tree, None, None)
         self.visit(self.tree)
@@ -174,7 +176,8 @@ class Finder(ast.NodeVisitor):
         left, right = self.starts[line - 1], self.source.find(b"\n", whole_end or end)
         old = self.source[left:right].decode()
         new = (self.source[left:begin] + text.encode() + self.source[end:right]).decode()
-        mutant = Mutant(section[-1], ".".join(scope.name for scope in self.scopes) or "module", kind, line, column, begin,
+        place = ".".join(scope.name for scope in self.scopes) or "module"
+        mutant = Mutant(section[-1], place, kind, line, column, begin,
                         end, text, frozenset(self.lines_to_test(self.statement)), " ".join(old.split()),
                         " ".join(new.split()))
         if mutant.old != mutant.new:
@@ -357,7 +360,8 @@ class Finder(ast.NodeVisitor):
             return
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             names = collections.Counter(self.name_of(each) for each in ast.walk(function)
-                                        if isinstance(each, (ast.Name, ast.Attribute)) and isinstance(each.ctx, ast.Store))
+                                        if isinstance(each, (ast.Name, ast.Attribute))
+                                        and isinstance(each.ctx, ast.Store))
             targets = [each for target in getattr(node, "targets", [getattr(node, "target", None)])
                        for each in getattr(target, "elts", [target])]
             is_needed = any(names[each.id] == 1 for each in targets if isinstance(each, ast.Name))
@@ -498,8 +502,8 @@ def run_tests(tree, tests=None, limits=None, options=(), time_limit=None, covera
         (hook / "sitecustomize.py").write_text("import coverage\ncoverage.process_startup()\n")
         environment.update(PYTHONPATH=str(hook), COVERAGE_PROCESS_START=str(settings))
     with log.open("w") as output:
-        process = subprocess.Popen([sys.executable, str(pathlib.Path(__file__).resolve()), "--job", str(path)], cwd=tree,
-                                   stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+        process = subprocess.Popen([sys.executable, str(pathlib.Path(__file__).resolve()), "--job", str(path)],
+                                   cwd=tree, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                                    env=environment, start_new_session=True)
         try:
             status = process.wait(time_limit)
@@ -761,7 +765,8 @@ def main():
     else:
         print(f"--seed {results.head['seed']}")
         others = [mutant for mutant in everything if mutant.kind != "lock"]
-        chosen = [] if arguments.only_locks else choose(others, arguments.count, random.Random(results.head["seed"]), lengths)
+        randomness = random.Random(results.head["seed"])
+        chosen = [] if arguments.only_locks else choose(others, arguments.count, randomness, lengths)
         chosen += locks if arguments.locks or arguments.only_locks else []
     chosen.sort(key=lambda mutant: mutant.begin)
     with tempfile.TemporaryDirectory(prefix="mutate-") as name, \
