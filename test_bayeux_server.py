@@ -4648,6 +4648,37 @@ class TestProtocol:
 
     # -- Extensions --------------------------------------------------------------------------
 
+    def test_what_one_extension_drops_the_next_does_not_see(self):
+        seen = []
+
+        class Witness:
+            def outgoing(self, session, message):
+                seen.append(message)
+                return message
+
+        class Filter:
+            def outgoing(self, session, message):
+                return None if message.get("data") == "secret" else message
+
+        core = CorePeer(extensions=[Witness(), Filter()])       # outwards the last comes first
+        client_id = core.handshake()
+        seen.clear()
+        core.core.client_push(client_id, "/a", "secret")
+        core.core.client_push(client_id, "/a", "open")
+        assert [message["data"] for message in seen] == ["open"]
+
+    def test_the_copy_that_an_extension_makes_for_each_session_counts_in_memory(self):
+        class Copy:
+            def outgoing(self, session, message):
+                return {**message, "ext": {}}
+
+        core = CorePeer(extensions=[Copy()])
+        for _ in range(3):
+            core.core.subscribe("/a", core.handshake())
+        core.core.publish("/a", "x" * 1000)
+        with core.core.lock:
+            assert core.core.memory.used >= 3000
+
     # -- Comment filtering: how it is written stands with the HTTP transport -----------------
     @for_each("value", [True, 1, "true"])
     def test_a_session_may_ask_for_comments(self, core, value):
@@ -7129,7 +7160,7 @@ def failure_of(history, options):
         play(history, **options)
     except pytest.fail.Exception as failure:
         return str(failure)
-    except Exception as failure:
+    except Exception as failure:        # noqa: BLE001 (whatever it is, the history is to be shortened)
         return f"{type(failure).__name__}: {failure!r}"
     return None
 
@@ -7166,10 +7197,10 @@ def random_history(seed):
         steps += [("handshake", some([False, True]), some("bc"), some(Model.ADDRESSES)),
                   ("subscribe", number, *rng.sample(patterns, rng.randint(1, 3))), ("connect", number)]
     makers = {
-        "connect": (25, lambda: [dict(
-            fate=some(["written", "written", "slow", "lost"]), socket=some([None, None, None, 0, 1]),
-            patience=some([None, None, None, 4, 0]), stale=some([0, 0, 0, 1, 2]), may_hold=rng.random() < 0.9,
-            channels=channels(k=some([0, 0, 0, 0, 1, 3])))]),
+        "connect": (25, lambda: [{
+            "fate": some(["written", "written", "slow", "lost"]), "socket": some([None, None, None, 0, 1]),
+            "patience": some([None, None, None, 4, 0]), "stale": some([0, 0, 0, 1, 2]), "may_hold": rng.random() < 0.9,
+            "channels": channels(k=some([0, 0, 0, 0, 1, 3]))}]),
         "publish": (10, lambda: channels(k=rng.randint(1, 4))), "settle": (12, lambda: [rng.random() < 0.5]),
         "subscribe": (3, lambda: rng.sample(patterns, rng.randint(1, 2))), "unsubscribe": (1, lambda: [some(patterns)]),
         "hang_up": (3, list), "answer_now": (2, list), "attach": (3, list), "close_stream": (2, list),
