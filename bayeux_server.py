@@ -4262,6 +4262,7 @@ class Watch:
             look(connection, *arguments)
         except BaseException:
             self._logger.exception("a connection from %s failed", connection.address)
+            connection.is_closing = True    # or its protocol would get the same input again, and fail again
             connection.abort()
 
     def _look_at_socket(self, connection: Connection, ready: int) -> None:

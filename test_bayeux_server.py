@@ -8133,6 +8133,28 @@ class TestConnections:
         peers.close()
         assert connection.push(b"d") is False
 
+    @pytest.mark.parametrize("kind", [bayeux_server.HttpTransport, bayeux_server.WebSocket, bayeux_server.EventStream])
+    def test_a_protocol_that_fails_loses_its_connection_only(self, server, errors, monkeypatch, kind):
+        """It fails once: it does not get the same bytes again."""
+        with bystander(server), Peer(server) as peer:
+            wire = (EventWire(server, peer.id) if kind is bayeux_server.EventStream
+                    else SocketWire(server) if kind is bayeux_server.WebSocket else Wire(server))
+            consume = kind.consume
+
+            def fail(protocol, connection):
+                if b"fail" in connection.input:
+                    raise RuntimeError("injected")
+                consume(protocol, connection)
+
+            monkeypatch.setattr(kind, "consume", fail)
+            wire.send(b"fail")
+            while wire.socket.recv(1000):
+                pass
+            assert peer.ask("/a", data=1)["successful"]         # the leader has gone round
+            wire.close()
+        line, = errors.take()
+        assert "injected" in line
+
     # -- Closed connections ------------------------------------------------------------------
 
     def test_what_came_in_front_of_the_end_is_not_begun_behind_it(self, serve):
