@@ -21,6 +21,7 @@ import faulthandler
 import gc
 import hashlib
 import http.client
+import io
 import itertools
 import json
 import logging
@@ -8133,6 +8134,236 @@ class TestConnections:
         peers.close()
         assert connection.push(b"d") is False
 
+    # -- Small buffers -----------------------------------------------------------------------
+    # The system takes a few KiB at a time, so that nearly everything leaves in parts.
+
+    @pytest.fixture(params=[4, 16, 64, "TLS"])
+    def serve_narrow(self, request, serve):
+        """Starts servers whose sockets take so many KiB at a time; serve_narrow.tls is for their clients."""
+        def start(**options):
+            if start.tls is not None:
+                cert, key = request.getfixturevalue("certificate")
+                options = {"tls_cert": cert, "tls_key": key, **options}
+            server = serve(**options)
+            size = 4 if start.tls is not None else request.param
+            server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size * 1024)      # its clients' inherit it
+            return server
+
+        start.tls = request.getfixturevalue("tls") if request.param == "TLS" else None
+        return start
+
+    NUMBERS = b"".join(b"%07d\n" % number for number in range(100_000))
+
+    def test_files_and_bodies_arrive_whole_and_in_their_order(self, serve_narrow, site):
+        """Each part waits until the one before has left; the requests behind them wait, too."""
+        (site / "big.bin").write_bytes(self.NUMBERS)
+        bodies = []
+
+        def body(request):
+            bodies.append(io.BytesIO(self.NUMBERS))
+            return bayeux_server.Response(bodies[-1], length=len(self.NUMBERS))
+
+        server = serve_narrow(docroot=str(site), content_handlers={"/body": body, "/text": lambda _: self.NUMBERS})
+        with bystander(server, serve_narrow.tls), Wire(server, serve_narrow.tls) as wire:
+            for target in ("/big.bin", "/body", "/text", "/digits.txt"):
+                wire.send_request("GET", target)
+            wait_until(lambda: has_unsent_output(server), "output that waits")
+            with bystander(server, serve_narrow.tls):
+                assert bodies == [], "the second request was begun before the first was answered"
+            for _ in range(3):
+                assert wire.read_answer().body == self.NUMBERS
+            assert wire.read_answer().body == b"0123456789"
+            wait_until(lambda: not has_unsent_output(server), "the end of the output")
+            assert bodies[0].closed and [each.unsent for each in server.watch.connections if each.unsent] == []
+
+    @pytest.mark.parametrize("transport", ["long-polling", "callback-polling", "websocket", "eventsource"])
+    def test_a_slow_reader_gets_each_event_once_and_in_order(self, serve_narrow, transport):
+        server, tls, sent = serve_narrow(), serve_narrow.tls, [[number, "x" * 9_000] for number in range(60)]
+        with ExitStack() as stack:
+            peer = stack.enter_context(SocketPeer(server, tls) if transport == "websocket" else Peer(server, tls))
+            wire = stack.enter_context(EventWire(server, peer.id, tls)) if transport == "eventsource" else peer
+            peer.subscribe("/a")
+            for data in sent:
+                server.publish("/a", data)
+            if transport == "long-polling":
+                peer.send_connect()
+            elif transport == "callback-polling":
+                wire.send_request("GET", jsonp_target(CorePeer.connect_message(peer.id)), **OWN_PAGE)
+            wait_until(lambda: has_unsent_output(server), "output that waits")
+            with bystander(server, tls):
+                pass
+            if transport == "long-polling":
+                received = events_of(wire.read_answer().batch)
+            elif transport == "callback-polling":
+                received = events_of(script_batch(wire.read_answer()))
+            else:
+                received = wire.receive(len(sent))
+            assert received == sent
+
+    @pytest.mark.parametrize("end", ["the client resets", "the client takes in nothing", "the server stops"])
+    @pytest.mark.parametrize("path", ["/big.bin", "/body"])
+    def test_what_is_half_sent_is_closed_with_its_connection(self, serve, site, monkeypatch, path, end):
+        (site / "big.bin").write_bytes(self.NUMBERS)
+        opened, open_file = [], bayeux_server.open_file
+
+        def note(file):
+            opened.append(file)
+            return file
+
+        monkeypatch.setattr(bayeux_server, "open_file", lambda *arguments: note(open_file(*arguments)))
+        server = serve(docroot=str(site), grace=0.1, request_timeout=0.4 if "nothing" in end else 30,
+                       content_handlers={"/body": lambda request: bayeux_server.Response(
+                           note(io.BytesIO(self.NUMBERS)), length=len(self.NUMBERS))})
+        server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        with Wire(server) as wire:
+            wire.send_request("GET", path)
+            wait_until(lambda: has_unsent_output(server), "output that waits")
+            if end == "the client resets":
+                reset(wire.socket)
+            elif end == "the server stops":
+                server.shutdown()
+            file, = opened
+            wait_until(lambda: file.closed, "the end of the file")
+
+    def test_a_body_is_closed_though_its_client_was_gone_before_its_first_byte(self, serve):
+        begun, may_return, body = threading.Event(), threading.Event(), io.BytesIO(self.NUMBERS)
+
+        def answer(request):
+            begun.set()
+            assert may_return.wait(PATIENCE)
+            return bayeux_server.Response(body, length=len(self.NUMBERS))
+
+        with Wire(serve(content_handlers={"/body": answer})) as wire:
+            wire.send_request("GET", "/body")
+            assert begun.wait(PATIENCE)
+            reset(wire.socket)
+            may_return.set()
+            wait_until(lambda: body.closed, "the end of the body")
+
+    @contextmanager
+    def troubled(self, *troubles):
+        """A connection whose next sends raise these, where they are not None; and its peer's end."""
+        class Troubled(bayeux_server.Connection):
+            def send(self, data):
+                trouble = left.pop(0) if left else None
+                if trouble is not None:
+                    raise trouble
+                return super().send(data)
+
+        left = list(troubles)
+        ours, peers = socket.socketpair()
+        ours.setblocking(False)
+        peers.settimeout(PATIENCE)
+        connection = Troubled(ours, "", self.Watch(), self.Protocol())
+        connection.exchange = "request"
+        yield connection, peers
+        connection.close()
+        peers.close()
+
+    @pytest.mark.parametrize("blocked", [BlockingIOError, InterruptedError, ssl.SSLWantReadError,
+                                         ssl.SSLWantWriteError])
+    @pytest.mark.parametrize("way", ["write", "push"])
+    def test_what_a_socket_does_not_take_at_all_leaves_later(self, way, blocked):
+        told = []
+        with self.troubled(blocked, blocked) as (connection, peers):
+            assert getattr(connection, way)(b"answer", when_written=told.append) is None
+            connection.flush()
+            assert (told, connection.unsent, connection.exchange) == ([], 6, "request")
+            connection.flush()
+            assert (told, connection.unsent, connection.exchange) == ([True], 0, None)
+            assert peers.recv(100) == b"answer"
+
+    def test_nothing_overtakes_what_waits(self):
+        """The socket may have room again before the leader has seen it."""
+        with self.troubled(BlockingIOError) as (connection, peers):
+            assert connection.push(b"first, ") is None
+            assert connection.push(b"second, ") is None
+            assert connection.write(b"third") is None
+            connection.flush()
+            assert peers.recv(100) == b"first, second, third"
+
+    @pytest.mark.parametrize("fault", [BrokenPipeError, ConnectionResetError, OSError(errno.ENOBUFS, "no room"),
+                                       ssl.SSLEOFError], ids=["pipe", "reset", "no room", "TLS"])
+    @pytest.mark.parametrize("way", ["write", "push", "flush"])
+    def test_a_socket_that_breaks_while_it_is_sent_to_is_hung_up(self, way, fault):
+        """C6: whoever waits for the outcome hears of it once; the leader closes."""
+        told, resumed = [], []
+        with self.troubled(*[BlockingIOError] * (way == "flush"), fault) as (connection, peers):
+            connection.watch.resume = resumed.append
+            is_written = getattr(connection, "write" if way == "flush" else way)(b"answer", when_written=told.append)
+            if way == "flush":
+                connection.flush()
+            assert (is_written, told) == ((None, [False]) if way == "flush" else (False, []))
+            assert peers.recv(100) == b"" and connection in resumed
+            assert not connection.is_closed and (connection.unsent, list(connection.output)) == (0, [])
+
+    @pytest.mark.parametrize(("kind", "method"), [
+        (bayeux_server.HttpExchange, "pack"), (bayeux_server.HttpExchange, "send"), (bayeux_server.WebSocket, "pack"),
+        (bayeux_server.WebSocket, "feed"), (bayeux_server.SocketExchange, "pack"),
+        (bayeux_server.SocketExchange, "send"), (bayeux_server.EventStream, "pack"),
+        (bayeux_server.EventStream, "feed")], ids=lambda each: each if isinstance(each, str) else each.__name__)
+    def test_who_cannot_be_answered_is_hung_up_on(self, server, errors, monkeypatch, kind, method):
+        """It would wait for ever."""
+        whole = getattr(kind, method)
+
+        def fail(exchange, answer, *arguments):
+            if "/fails" in answer.batch():
+                raise RuntimeError("injected")
+            return whole(exchange, answer, *arguments)
+
+        monkeypatch.setattr(kind, method, fail)
+        is_socket = kind in (bayeux_server.WebSocket, bayeux_server.SocketExchange)
+        with ExitStack() as stack:
+            stack.enter_context(bystander(server))
+            peer = stack.enter_context(SocketPeer(server) if is_socket else Peer(server))
+            wire = stack.enter_context(EventWire(server, peer.id)) if kind is bayeux_server.EventStream else peer
+            if kind is bayeux_server.SocketExchange:
+                peer.send_batch({"channel": "/fails", "clientId": peer.id, "data": 1})
+            else:
+                if kind is bayeux_server.HttpExchange:
+                    peer.send_connect()
+                    wait_until(lambda: is_held(server, peer.id), "the hold of the connect")
+                server.client_push(peer.id, "/fails", 1)
+            while wire.socket.recv(1000):
+                pass
+        line, = errors.take()
+        assert "injected" in line
+
+    @pytest.mark.parametrize("is_resumed", [False, True], ids=["at once", "resumed"])
+    @pytest.mark.parametrize("is_streaming", [False, True], ids=["HTTP", "WebSocket"])
+    def test_what_comes_while_a_handler_thread_has_the_connection_waits(self, serve, is_streaming, is_resumed):
+        """It is not even read, though the leader looks at the connection; and it is answered behind the first."""
+        begun, may_return = threading.Event(), threading.Event()
+
+        def slow(message):
+            begun.set()
+            assert may_return.wait(PATIENCE)
+
+        server = serve(services={"slow": slow})
+        with ExitStack() as stack:
+            fed = stack.enter_context(SocketPeer(server) if is_streaming else Peer(server))
+            call = {"channel": "/service/slow", "clientId": fed.id, "id": "first"}
+            fed.send_batch(call) if is_streaming else fed.send(whole_post(call))
+            assert begun.wait(PATIENCE)
+            connection, = [each for each in server.watch.connections if each.is_handled]
+            if is_resumed:
+                server.watch.resume(connection)
+            if is_streaming:
+                server.client_push(fed.id, "/b", "event")
+                assert fed.receive(1) == ["event"]
+                fed.send_batch({**PING, "id": "second"})
+            else:
+                second = whole_post({**PING, "id": "second"})
+                fed.send(second[:50])
+                fed.send(second[50:])
+            for _ in range(2):                  # the leader goes round meanwhile
+                with bystander(server):
+                    pass
+            assert (connection.input, connection.watched) == (b"", 0)
+            may_return.set()
+            batches = [fed.read_batch() if is_streaming else fed.read_answer().batch for _ in range(2)]
+            assert [reply["id"] for batch in batches for reply in batch] == ["first", "second"]
+
     @pytest.mark.parametrize("kind", [bayeux_server.HttpTransport, bayeux_server.WebSocket, bayeux_server.EventStream])
     def test_a_protocol_that_fails_loses_its_connection_only(self, server, errors, monkeypatch, kind):
         """It fails once: it does not get the same bytes again."""
@@ -8154,6 +8385,103 @@ class TestConnections:
             wire.close()
         line, = errors.take()
         assert "injected" in line
+
+    @pytest.mark.parametrize("comes", [True, False], ids=["the body comes", "it does not"])
+    def test_behind_a_100_continue_that_had_to_wait_the_body_has_its_time(self, serve, monkeypatch, comes):
+        server, blocked, send = serve(request_timeout=0.4), [], bayeux_server.Connection.send
+
+        def block_once(connection, data):
+            if not blocked and bytes(data).startswith(b"HTTP/1.1 100 "):
+                blocked.append(bytes(data))
+                raise BlockingIOError
+            return send(connection, data)
+
+        monkeypatch.setattr(bayeux_server.Connection, "send", block_once)
+        body = json.dumps([PING]).encode()
+        with Wire(server) as wire:
+            wire.post(PING)                     # or the time of a new connection would be running
+            wire.send(raw_post(body[:1], f"Content-Length: {len(body)}", "Expect: 100-continue"))
+            assert wire.read_answer().status == 100 and blocked
+            if comes:
+                wire.send(body[1:])
+            assert wire.read_answer().status == (200 if comes else 408)
+
+    def test_an_idle_server_does_nothing(self, serve, monkeypatch):
+        """Though clients wait, read nothing, or send what is not read yet.  The control is a thread that is busy."""
+        begun, may_return, sweeps = threading.Event(), threading.Event(), threading.Semaphore(0)
+        server = serve(services={"slow": lambda message: begun.set() or may_return.wait(PATIENCE) and None},
+                       content_handlers={"/text": lambda request: self.NUMBERS}, request_timeout=2)
+        server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        sweep = server.watch._sweep
+
+        def cost(wait):
+            """Seconds of the processor for a second on the clock, in the time of three sweeps."""
+            cpu, clock = time.process_time(), time.monotonic()
+            for _ in range(3):
+                wait()
+            return (time.process_time() - cpu) / (time.monotonic() - clock)
+
+        def spin():
+            while not sweeps.acquire(blocking=False):
+                pass
+
+        with Wire(server) as slow_reader, Wire(server), SocketPeer(server), Peer(server) as peer, \
+                EventWire(server, peer.id), bystander(server):
+            slow_reader.send_request("GET", "/text")
+            slow_reader.send_post(PING)
+            peer.side.send_post({"channel": "/service/slow", "clientId": peer.id})
+            peer.side.send_post(PING)
+            assert begun.wait(PATIENCE)
+            wait_until(lambda: has_unsent_output(server), "output that waits")
+            monkeypatch.setattr(server.watch, "_sweep", lambda: (sweep(), sweeps.release()))
+            idle = cost(lambda: sweeps.acquire(timeout=PATIENCE))
+            busy = cost(spin)
+            may_return.set()
+        assert 10 * idle < busy
+
+    def test_no_time_of_a_client_runs_while_the_server_has_its_request(self, serve, monkeypatch):
+        """A held connect and a slow answer outlive any deadline; a connection without a request does not."""
+        class Later:
+            """The time module, much later."""
+
+            def __getattr__(self, name):
+                return getattr(time, name)
+
+            def monotonic(self):
+                return time.monotonic() + 1000
+
+        begun, may_return = threading.Event(), threading.Event()
+        server = serve(content_handlers={"/slow": lambda request: begun.set() or may_return.wait(PATIENCE) and "late"})
+        with Wire(server) as slow, Wire(server) as idle, Peer(server) as peer:
+            idle.post(PING)
+            peer.subscribe("/a")
+            peer.send_connect()
+            wait_until(lambda: is_held(server, peer.id), "the hold of the connect")
+            slow.send_request("GET", "/slow")
+            assert begun.wait(PATIENCE)
+            monkeypatch.setattr(bayeux_server, "time", Later())
+            assert idle.is_closed_by_server()
+            server.publish("/a", "event")
+            assert events_of(peer.read_answer().batch) == ["event"]
+            may_return.set()
+            assert slow.read_answer().body == b"late"
+
+    def test_a_stream_that_was_closed_is_hung_up_after_linger(self, serve, monkeypatch):
+        """A peer that does not answer the close frame is not asked whether it is still there."""
+        monkeypatch.setattr(bayeux_server, "LINGER", 0.1)
+        server = serve(request_timeout=0.4)
+        with SocketWire(server) as wire:
+            wire.send_frame(BINARY_FRAME, b"x")
+            assert wire.read_frame()[0] == CLOSE_FRAME
+            wait_until(lambda: not server.watch.connections, "the end of the connection")
+
+    def test_a_body_has_request_timeout_on_a_kept_connection_too(self, serve):
+        server = serve(request_timeout=0.4)
+        for beginning in (raw_post(b"[", "Content-Length: 100"), raw_post(b"5\r\n[", "Transfer-Encoding: chunked")):
+            with Wire(server) as wire:
+                wire.post(PING)
+                wire.send(beginning)
+                assert wire.read_answer().status == 408
 
     # -- Closed connections ------------------------------------------------------------------
 
