@@ -3951,7 +3951,11 @@ class Connection:
             self._shut(socket.SHUT_WR)          # and wait for the peer's end, or a reset may overtake the answer
 
     def abort(self) -> None:
-        """Hang up.  The leader notices, and closes.  What comes until then is not read: a TLS socket gives ciphertext."""
+        """Hang up.  The leader notices, and closes.
+
+        Until then nothing more is read, and what has come is not looked at again: a TLS socket gives ciphertext now,
+        and a protocol that has failed would fail again.
+        """
         with self.lock:
             self.is_closing = True
             self._shut(socket.SHUT_RDWR)
@@ -4262,7 +4266,6 @@ class Watch:
             look(connection, *arguments)
         except BaseException:
             self._logger.exception("a connection from %s failed", connection.address)
-            connection.is_closing = True    # or its protocol would get the same input again, and fail again
             connection.abort()
 
     def _look_at_socket(self, connection: Connection, ready: int) -> None:
