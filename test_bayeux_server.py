@@ -9011,6 +9011,145 @@ class TestConnections:
 
 
 # ======================================================================================
+# Races
+# ======================================================================================
+
+class InTheMiddle:
+    """Lets another thread run a job as far as it can, once, at the place where it is called.
+
+    With the lock that the place needs the job stops there until this thread goes on; without it, it runs through.
+    """
+
+    def __init__(self, job):
+        self.thread = threading.Thread(target=self.run, args=(job,), daemon=True)
+        self.was_here = False
+        self.failure = None
+
+    def run(self, job):
+        try:
+            job()
+        except Exception as failure:    # noqa: BLE001 (shown by the test's own thread)
+            self.failure = failure
+
+    def __call__(self):
+        if not self.was_here and threading.current_thread() is not self.thread:
+            self.was_here = True
+            self.thread.start()
+            self.thread.join(0.05)      # no more than that: with the lock it waits for us
+
+    def end(self):
+        assert self.was_here, "nobody came to the place"
+        self.thread.join(PATIENCE)
+        assert not self.thread.is_alive() and self.failure is None, self.failure
+
+
+def stopping(items, place):
+    """The items, one by one, with the place before each."""
+    for item in items:
+        place()
+        yield item
+
+
+class TestRaces:
+    """Another thread comes just where it would do harm.  Each test fails without the lock that it is about."""
+
+    def test_two_messages_at_once_are_both_counted(self):
+        class Buckets(dict):
+            def __setitem__(self, sender, bucket):
+                place()
+                super().__setitem__(sender, bucket)
+
+        rates = bayeux_server.Rates(1, Clock())
+        rates._buckets = Buckets()
+        place = InTheMiddle(lambda: rates.admit("a"))
+        assert rates.admit("a")
+        place.end()
+        assert [rates.admit("a") for _ in range(4)] == [True, True, True, False]
+
+    def test_the_flags_of_a_session_are_made_once(self, core):
+        class Slow(bayeux_server.Session):
+            __slots__ = ()
+
+            @property
+            def _flags(self):
+                flags = bayeux_server.Session._flags.__get__(self)
+                looks.append(flags)
+                if len(looks) == 2:                     # the first needs no lock
+                    place()
+                return flags
+
+            @_flags.setter
+            def _flags(self, flags):
+                bayeux_server.Session._flags.__set__(self, flags)
+
+        looks = []
+        session = core.core.sessions[core.handshake()]
+        session.__class__ = Slow
+        place = InTheMiddle(lambda: session.flags.update(first=1))
+        session.flags["second"] = 2
+        place.end()
+        assert session.flags == {"first": 1, "second": 2}
+
+    @for_each("change", ["begin", "stop"])
+    def test_servers_begin_and_stop_while_one_is_looked_for(self, serve, monkeypatch, change):
+        class Servers(weakref.WeakSet):
+            def __iter__(self):
+                return stopping(super().__iter__(), place)
+
+        servers = [serve(alias="looked for"), serve()]
+        monkeypatch.setattr(bayeux_server, "live_servers", Servers(servers))
+        place = InTheMiddle(servers[1].shutdown if change == "stop" else lambda: serve(alias="another"))
+        assert bayeux_server.find_server("looked for") is servers[0]
+        place.end()
+
+    def test_sessions_begin_while_they_are_listed(self, server):
+        class Sessions(dict):
+            def values(self):
+                return stopping(super().values(), place)
+
+        peer = Peer(server)
+        server.core.sessions = Sessions(server.core.sessions)
+        place = InTheMiddle(lambda: Peer(server).close())
+        assert [session.id for session in server.sessions] == [peer.id]
+        place.end()
+        peer.close()
+
+    def test_a_stream_is_forgotten_once(self):
+        class Stream(FakeStream):
+            is_noted = False
+
+            @property
+            def is_counted(self):
+                is_noted = self.is_noted
+                place()
+                return is_noted
+
+            @is_counted.setter
+            def is_counted(self, is_counted):
+                self.is_noted = is_counted
+
+        core = CorePeer(client_max_connections=5)
+        place = any_function
+        streams = [Stream() for _ in range(3)]
+        for stream in streams:
+            stream.address = "10.0.0.1"
+            assert core.core.count_stream(stream)
+        place = InTheMiddle(lambda: core.core.forget_stream(streams[0]))
+        core.core.forget_stream(streams[0])
+        place.end()
+        assert core.core.kept_open == {"10.0.0.1": 2}
+
+    def test_a_subscriber_comes_while_those_of_a_channel_are_looked_at(self, core, monkeypatch):
+        first, second = core.handshake(), core.handshake()
+        core.subscribe(first, "/a")
+        subscribers = core.core.registry.subscribers
+        monkeypatch.setattr(core.core.registry, "subscribers", lambda name: stopping(subscribers(name), place))
+        place = InTheMiddle(lambda: core.subscribe(second, "/a"))
+        core.core._require_room("/a")
+        place.end()
+
+
+# ======================================================================================
 # §12  HTTP transport
 # ======================================================================================
 
