@@ -1950,10 +1950,10 @@ class TestMessages:
         def cost(size):
             text, least = make_text(size), float("inf")
             for _ in range(3):
-                begin = time.perf_counter()
+                begin = time.thread_time()      # of this thread alone: another that is busy does not count
                 with pytest.raises(bayeux_server.BayeuxError):
                     bayeux_server.decode_json(text)
-                least = min(least, time.perf_counter() - begin)
+                least = min(least, time.thread_time() - begin)
             return least
 
         assert cost(16_000) < 100 * max(cost(1_000), 20e-6)
@@ -3063,7 +3063,7 @@ class TestSessions:
             if place in ("service", "generator"):
                 assert error_code(peer.ask("/service/fail")) == 500
             elif place in ("message_acl", "incoming", "outgoing"):
-                assert error_code(peer.ask("/fail", data=1)) in (403, 500)
+                assert error_code(peer.ask("/fail", data=1)) == (500 if place == "incoming" else 403)
             elif place in ("listener", "callback"):
                 server.publish("/a", "event")
             elif place == "on_end":
@@ -3229,7 +3229,7 @@ class TestSessions:
         server = serve(content_handlers={"/a": lambda request: "text"}, post_handle=spoil)
         with Wire(server) as wire:
             answer = wire.request("GET", "/a")
-            assert answer is None or answer.status == 500
+            assert answer.status == 500
         wait_until(lambda: not server.watch.connections, "the end of the connection")
         assert errors.take()
 
@@ -3601,9 +3601,7 @@ class TestProtocol:
                         {"channel": "/a", "clientId": client_id, "data": 1},
                         {"channel": "/service/x", "clientId": client_id}):
             reply, = core.ask(message)
-            if message["channel"] != "/service/x":
-                assert error_code(reply) == 402
-                assert reply["advice"] == ADVICE_HANDSHAKE
+            assert (error_code(reply), reply["advice"]) == (402, ADVICE_HANDSHAKE)
 
     @for_each("channel", ["/meta/connect", "/meta/subscribe", "/meta/unsubscribe", "/meta/disconnect", "/a"])
     @for_each(("fields", "code"), [({}, 401), ({"clientId": None}, 401), ({"clientId": 5}, 400),
@@ -4219,7 +4217,7 @@ class TestProtocol:
         {"channel": "/meta/connect", "connectionType": "long-polling", "advice": {"timeout": 0}}])
     def test_only_publishes_wait(self, core, jobs, publisher, message):
         """/a without data is refused, and whoever is refused hears it at once."""
-        core.core.services["/service/none"] = lambda *arguments: None
+        core.core.services["none"] = lambda *arguments: None
         assert core.send({**message, "clientId": publisher}).answer
         assert core.send(self.event(publisher), {**message, "clientId": publisher}).answer
         assert not jobs
@@ -4800,19 +4798,18 @@ class TestProtocol:
         core.publish(client_id, "/a", timestamp=timestamp)
         assert core.events(client_id) == [{"channel": "/a", "data": "data"}]
 
-    def test_replies_and_events_carry_ours_if_asked_for(self):
+    def test_replies_and_events_carry_ours_if_asked_for(self, monkeypatch):
         """ISO 8601, GMT; a held connect's and a refusal too."""
+        monkeypatch.setattr(bayeux_server, "time", types.SimpleNamespace(**{**vars(time), "time": lambda: 1223633410.5}))
         core = CorePeer(timestamp=True)
         client_id = core.handshake()
         core.subscribe(client_id, "/a")
         held = core.hold(client_id)
         replies = core.ask({"channel": "/a", "clientId": client_id, "data": 1}, {"channel": "/meta/nope"})
         core.work()
-        for message in [*replies, *held.answer]:
-            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?", message["timestamp"]), message
         assert len(held.answer) == 2
-        now = time.gmtime()
-        assert abs(int(held.answer[0]["timestamp"][:4]) - now.tm_year) <= 1
+        for message in [*replies, *held.answer]:
+            assert message["timestamp"] == "2008-10-10T10:10:10.50"
 
     # -- The application's own ----------------------------------------------------------------
 
@@ -4887,7 +4884,7 @@ class TestProtocol:
         core.subscribe(client_id, "/a")
         replies = core.ask({"channel": "/a", "clientId": client_id, "data": "rude", "id": 1},
                            {"channel": "/a", "clientId": client_id, "data": "kind", "id": 2})
-        assert error_code(replies[0]) in (403, 404) and replies[0]["id"] == 1 and replies[0]["channel"] == "/a"
+        assert error_code(replies[0]) == 403 and replies[0]["id"] == 1 and replies[0]["channel"] == "/a"
         assert replies[1]["successful"] and [event["data"] for event in core.events(client_id)] == ["kind"]
 
     def test_none_from_outgoing_drops_an_event_for_that_session_only(self):
@@ -4907,7 +4904,7 @@ class TestProtocol:
         assert [event["data"] for event in core.events(friend)] == ["secret", "open"]
         assert [event["data"] for event in core.events(stranger)] == ["open"]
         reply, = core.ask({"channel": "/meta/ping", "id": "drop"})
-        assert error_code(reply) in (403, 404)
+        assert error_code(reply) == 403
 
     def test_extensions_may_change_events_for_one_session(self):
         """Nobody else's copy is touched, nor the local clients'."""
@@ -5815,7 +5812,8 @@ class TestProtocol:
     # -- Server sessions ---------------------------------------------------------------------
     # server.sessions: to be looked at, and ended.
 
-    def test_what_can_be_seen(self, server):
+    def test_what_can_be_seen(self, server, monkeypatch):
+        begin = time.time()
         with Peer(server) as peer, SocketPeer(server, ext={"ack": True}) as socket_peer:
             peer.subscribe("/a")
             server.publish("/a", 1)
@@ -5824,9 +5822,10 @@ class TestProtocol:
             assert (other.transport, other.ack) == ("websocket", True)
             assert session.subscriptions == {"/a"}
             assert (session.waiting, other.waiting) == (1, 0)
-            assert 0 <= session.age < PATIENCE
-            assert abs(session.created + session.age - time.time()) < PATIENCE
-            assert session.ended is None
+            assert begin <= session.created <= time.time() and session.ended is None
+            later = types.SimpleNamespace(**{**vars(time), "time": lambda: session.created + 5})
+            monkeypatch.setattr(bayeux_server, "time", later)
+            assert session.age == pytest.approx(5)
 
     def test_flags_are_the_applications(self, server):
         with Peer(server) as peer:
@@ -6378,11 +6377,11 @@ class TestLongPollWait:
         held = [hold_watched(peer, client_id) for client_id in clients]
         peer.core._listeners["publish"] = []    # their notices would wake it too
         peer.until_asleep()
-        threads = threading.active_count()
+        threads = len(threads_of_servers())
         peer.core.publish("/a", "event")
         for exchange in held:
             assert [event["data"] for event in exchange.wait()[1:]] == ["event"]
-        assert threading.active_count() <= threads
+        assert len(threads_of_servers()) <= threads
 
     def test_32_connects_are_answered_between_two_looks_at_the_queues(self, core, monkeypatch):
         sizes, send = [], core.core.send
@@ -7431,7 +7430,7 @@ class TestFrames:
         assert read(data, max_size=10)[-1] == (PING_FRAME, b"x" * 11)
 
     def test_a_monstrous_length_is_refused_at_once(self):
-        assert read(b"\x82\xff" + b"\xff" * 8) in ([1002], [1009])
+        assert read(b"\x82\xff" + b"\xff" * 8) == [1009]
         assert read(b"\x82\xff" + b"\x7f" + b"\xff" * 7) == [1009]
 
     def test_empty_fragments_do_not_fill_memory(self):
@@ -7687,7 +7686,7 @@ class TestConnections:
     # -- Connections -------------------------------------------------------------------------
 
     def test_held_connects_cost_no_threads(self, server):
-        threads_before = threading.active_count()
+        threads_before = len(threads_of_servers())
         wires = [Wire(server) for _ in range(300)]
         try:
             for wire in wires:
@@ -7695,12 +7694,12 @@ class TestConnections:
                 wire.post(CorePeer.connect_message(client_id))
                 wire.post({"channel": "/meta/subscribe", "clientId": client_id, "subscription": "/all"})
                 wire.send_post(CorePeer.connect_message(client_id))
-            until_held(server, *server.core.sessions)
-            assert threading.active_count() - threads_before <= 5
+            wait_until(lambda: sum(session.hold is not None for session in server.core.sessions.values()) == 300)
+            assert len(threads_of_servers()) - threads_before <= 5
             server.publish("/all", "to everybody")
             for wire in wires:
                 assert events_of(wire.read_answer().batch) == ["to everybody"]
-            assert threading.active_count() - threads_before <= 5
+            assert len(threads_of_servers()) - threads_before <= 5
         finally:
             for wire in wires:
                 wire.close()
@@ -7800,7 +7799,7 @@ class TestConnections:
                 peer.send_connect()
             wait_until(lambda: all(session.hold for session in server.sessions), "the held connects")
             server._wait.stop()
-            assert peers[0].publish("/a", "event") is None
+            peers[0].publish("/a", "event")
             for peer in peers:
                 assert [event["data"] for event in peer.read_answer().batch[1:]] == ["event"]
 
@@ -7848,7 +7847,7 @@ class TestConnections:
                 assert peer.connect().data == ["quick"]
             is_free.set()
             for wire in wires:
-                assert wire.read_answer().status in (200, 404)
+                assert wire.read_answer().status == (404 if place == "post_handle" else 200)
         finally:
             is_free.set()
             for wire in wires:
@@ -7860,7 +7859,7 @@ class TestConnections:
                       raw_post(b"5\r\n[", "Transfer-Encoding: chunked"), whole_post() + b"GET /"]
         server = serve(request_timeout=0.4)
         with bystander(server):
-            threads_before = threading.active_count()
+            threads_before = len(threads_of_servers())
             wires = [Wire(server) for _ in beginnings]
             for wire, beginning in zip(wires, beginnings):
                 wire.send(beginning)
@@ -7871,7 +7870,7 @@ class TestConnections:
                 assert is_bayeux_failure(answer)
                 assert wire.is_closed_by_server()
                 wire.close()
-            assert threading.active_count() <= threads_before
+            assert len(threads_of_servers()) <= threads_before
 
     def test_a_trickle_does_not_buy_a_request_more_time(self, serve):
         server = serve(request_timeout=0.4)
@@ -7938,10 +7937,6 @@ class TestConnections:
             wait_until(lambda: any(each.request for each in list(server.watch.connections)), "the first byte of the body")
             wire.send(request[-len(body) + 1:])
             assert wire.read_answer().batch[0]["successful"]
-
-    def test_a_held_connect_is_not_late(self, serve):
-        with Peer(serve(request_timeout=0.2, timeout=0.5)) as peer:
-            assert peer.connect().data == []
 
     def fill(self, server, peer, wire=None, number=60):
         """Queue more for the peer than sockets buffer, then connect without reading."""
@@ -9056,12 +9051,12 @@ class TestConnections:
     def test_held_connects_over_tls_cost_no_threads(self, serve_tls, tls):
         server = serve_tls()
         peers = [Peer(server, tls) for _ in range(20)]
-        threads = threading.active_count()
+        threads = len(threads_of_servers())
         try:
             for peer in peers:
                 peer.subscribe("/all")
-                peer.hold()
-            assert threading.active_count() <= threads + 2
+                hold_connect(server, peer)
+            assert len(threads_of_servers()) <= threads + 2
             server.publish("/all", "to everybody")
             for peer in peers:
                 assert events_of(peer.read_answer().batch) == ["to everybody"]
@@ -9946,7 +9941,7 @@ class TestHttpTransport:
     @for_each("method", ["POST", "OPTIONS"])
     def test_any_origin_comes_without_credentials(self, serve, method):
         answer = self.ask_from_origin(serve(allowed_origins=["*"]), method, Origin=self.ELSEWHERE)
-        assert answer.status in (200, 204)
+        assert answer.status == (200 if method == "POST" else 204)
         assert answer.headers["access-control-allow-origin"] == "*"
         assert "access-control-allow-credentials" not in answer.headers
 
@@ -10530,8 +10525,8 @@ class TestHttpTransport:
         server = serve(content_handlers={"/": lambda request: b""}, post_handle=post_handle)
         with bystander(server), Wire(server) as wire:
             answer = wire.request("GET", "/")
-            assert answer.status == 500 or answer.body == body
-        assert len(errors.take()) <= 1
+            assert answer.status == 500
+        assert len(errors.take()) == 1
 
     # -- Web socket --------------------------------------------------------------------------
     # Over real sockets.
@@ -10774,8 +10769,8 @@ class TestHttpTransport:
                             peer.events += [each for each in json.loads(payload) if "successful" not in each]
                             opcode, payload = peer.read_frame()
                         taken += peer.receive(len(peer.events)) + [event["data"] for event in polled]
-            thread.join()
-        assert taken == list(range(total))
+            thread.join(PATIENCE)
+        assert taken == list(range(total)) and not thread.is_alive()
 
     def test_a_slow_reader_costs_little_and_loses_nothing(self, serve):
         """Its events wait in the session, not in the output."""
@@ -10835,12 +10830,12 @@ class TestHttpTransport:
 
     def test_an_idle_socket_costs_no_thread(self, server):
         peers = [SocketPeer(server) for _ in range(10)]
-        before = threading.active_count()
+        before = len(threads_of_servers())
         peers += [SocketPeer(server) for _ in range(190)]
         for peer in peers:
             peer.subscribe("/a")
             peer.hold()
-        assert threading.active_count() <= before + 2
+        assert len(threads_of_servers()) <= before + 2
         server.publish("/a", "to all")
         for peer in peers:
             assert peer.receive(1) == ["to all"]
@@ -11231,9 +11226,9 @@ class TestHttpTransport:
 
     def test_streams_cost_no_threads(self, server):
         peers = [Peer(server) for _ in range(40)]
-        before = threading.active_count()
+        before = len(threads_of_servers())
         streams = [EventWire(server, peer.id) for peer in peers]
-        assert threading.active_count() <= before + 2
+        assert len(threads_of_servers()) <= before + 2
         for peer in peers:
             peer.subscribe("/a")
         server.publish("/a", "to all")
@@ -11379,7 +11374,7 @@ class TestFiles:
     @for_each("target", ["//elsewhere.example/..", "//folder", "/%2ffolder", "/%5cfolder", "///"])
     def test_a_redirect_never_leads_elsewhere(self, get, target):
         answer = get(target)
-        assert answer.status in (400, 404)
+        assert answer.status == 404
         assert "location" not in answer.headers
 
     def test_type_expires(self, serve, site):
@@ -11412,7 +11407,7 @@ class TestFiles:
     def test_a_fragment_opens_nothing(self, get, target):
         """http.server cuts it off, behind the back of whoever has looked at the path."""
         answer = get_raw(get.server, target)
-        assert answer.status in (400, 404)
+        assert answer.status == 400
         assert b"secret" not in answer.body and b"digits" not in answer.body
 
     def test_a_link_inside_of_the_root_is_followed(self, get):
@@ -11550,10 +11545,7 @@ class TestFiles:
     def test_ranges_that_mean_nothing_here_are_ignored(self, get, asked):
         """RFC 9110: also one whose end is before its beginning.  Several ranges: the whole file is a valid answer."""
         answer = get("/digits.txt", Range=asked)
-        if asked.endswith("9999"):
-            assert answer.status in (200, 206, 416)
-        else:
-            assert (answer.status, answer.body) == (200, b"0123456789")
+        assert (answer.status, answer.body) == (200, b"0123456789")
 
     def test_a_range_is_for_get_only(self, get):
         """RFC 9110, "Range": a server MUST ignore it with other methods."""
@@ -11577,16 +11569,17 @@ class TestFiles:
         content = bytes(range(256)) * (size // 256)
         (site / "big.bin").write_bytes(content)
         server = serve(docroot=str(site))
+        server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)       # its clients' sockets inherit it
         with Wire(server) as wire, bystander(server):
-            wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
             wire.send_request("GET", "/big.bin")
-            wait_until(lambda: has_unsent_output(server), "output that waits")
+            wait_until(lambda: any(each.output for each in list(server.watch.connections)), "a part that waits")
             with bystander(server):
                 pass
             received = bytearray()
             while b"\r\n\r\n" not in received or len(received) < received.index(b"\r\n\r\n") + 4 + len(content):
                 received += wire.socket.recv(1_000_000)
-            assert received[received.index(b"\r\n\r\n") + 4:] == content
+            is_whole = received[received.index(b"\r\n\r\n") + 4:] == content      # pytest would compare for minutes
+            assert is_whole
             assert wire.post(PING)[0]["successful"]
 
     def test_a_fast_reader_of_a_big_file_does_not_keep_the_server_to_itself(self, serve, site):
@@ -11610,7 +11603,8 @@ class TestFiles:
                     assert other.post(PING)[0]["successful"]
             finally:
                 is_served.set()
-                reader.join()
+                reader.join(PATIENCE)
+            assert not reader.is_alive()
 
     def test_a_file_that_shrinks_ends_its_connection_only(self, serve, site):
         (site / "shrinks.bin").write_bytes(b"x" * 20_000_000)
@@ -12476,7 +12470,7 @@ class TestServer:
             may_return.set()
             wait_until(lambda: threads_of_servers() <= before, "the end of the stuck one")
 
-    def test_a_callback_in_hand_is_waited_for(self, server):
+    def test_a_callback_in_hand_is_waited_for(self, server, monkeypatch):
         is_called, may_return, heard = threading.Event(), threading.Event(), []
 
         def callback(message):
@@ -12488,9 +12482,10 @@ class TestServer:
         server.publish("/a", 1)
         assert is_called.wait(PATIENCE)
         stopping = threading.Thread(target=server.shutdown)
+        is_quiet, looks = server.core.is_quiet, []
+        monkeypatch.setattr(server.core, "is_quiet", lambda: (looks.append(1), is_quiet())[1])
         stopping.start()
-        stopping.join(0.1)
-        assert stopping.is_alive()
+        wait_until(lambda: len(looks) > 2, "the waiting for the callback")
         may_return.set()
         stopping.join(PATIENCE)
         assert not stopping.is_alive() and heard == [1]
