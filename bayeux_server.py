@@ -4200,9 +4200,12 @@ class Watch:
         self._next_sweep = 0.0
         self.wake()
 
-    def stop(self, last_job: Callable[[], None]) -> None:
-        """Have the leader do a last job, behind what it is doing now, then close every connection and lead no more."""
-        self._jobs.append(last_job)
+    def has_output(self) -> bool:
+        """Whether something waits for a peer to take it in."""
+        return any(connection.output for connection in list(self.connections))
+
+    def stop(self) -> None:
+        """Have the leader close every connection, behind what it is doing now, and lead no more."""
         self._is_over = True
         self.wake()
 
@@ -6105,7 +6108,7 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
         if self._has_started:
             # The wait first: what it has taken to deliver is not seen to be on its way.
             steps += [partial(self._wait.stop, self.options.grace), partial(self._let_leave, deadline),
-                      partial(self.watch.stop, self.http.close_streams), partial(self._await_leader, deadline)]
+                      partial(self._say_goodbye, deadline), self.watch.stop, partial(self._await_leader, deadline)]
         else:
             steps.append(self.watch.close_all)
         for step in [*steps, self._handler_threads.stop, self.server_close, self._close_log]:
@@ -6125,6 +6128,21 @@ class BayeuxServer(http.server.ThreadingHTTPServer):
     def _let_leave(self, deadline: float) -> None:
         """Wait for what the application's code has in hand, and for output to leave."""
         while not (self.core.is_quiet() and not self.watch.is_busy()) and time.monotonic() < deadline:
+            self.watch.has_ended.wait(0.01)
+
+    def _say_goodbye(self, deadline: float) -> None:
+        """Have the streams closed.  The last word waits in the output, too, while the socket of a slow reader is full."""
+        is_said = threading.Event()
+
+        def close_streams() -> None:
+            try:
+                self.http.close_streams()
+            finally:
+                is_said.set()
+
+        self.watch.do_soon(close_streams)
+        is_said.wait(max(0.0, deadline - time.monotonic()))
+        while self.watch.has_output() and time.monotonic() < deadline:
             self.watch.has_ended.wait(0.01)
 
     def _await_leader(self, deadline: float) -> None:
