@@ -5007,6 +5007,18 @@ class TestProtocol:
     # -- Acknowledge -------------------------------------------------------------------------
     # Over everything.
 
+    def test_what_was_acknowledged_is_not_counted(self, core):
+        client_id = core.handshake(ext={"ack": True})
+        core.subscribe(client_id, "/a")
+        session, sizes = core.core.sessions[client_id], []
+        for number in range(1, 4):
+            core.core.publish("/a", "x" * 100)
+            core.ask(core.connect_message(client_id, ext={"ack": number}, advice={"timeout": 0}))
+            sizes.append(session.waiting_size)
+        assert sizes == sizes[:1] * 3 and sizes[0] > 100
+        core.ask(core.connect_message(client_id, ext={"ack": 4}, advice={"timeout": 0}))
+        assert session.waiting_size == 0
+
     @pytest.fixture
     def acknowledging(self, medium):
         return lambda options=None, **fields: medium(**(options or {}))(**{"ext": {"ack": True}, **fields})
@@ -9681,6 +9693,11 @@ class TestHttpTransport:
         with Wire(server) as wire:
             assert script_batch(wire.request("GET", jsonp_target(PING, jsonp=name), **OWN_PAGE), name)[0]["id"] == "p"
 
+    def test_the_last_of_several_names_counts(self, server):
+        with Wire(server) as wire:
+            answer = wire.request("GET", jsonp_target(PING, jsonp="first") + "&jsonp=last", **OWN_PAGE)
+            assert script_batch(answer, "last")[0]["id"] == "p"
+
     @for_each("name", [
         "alert(1)//", "a;b", "a b", "a..b", ".a", "a.", "9a", "a[0]", "x" * 65, "<script>", "a\n", "a\u2028", "ä",
         "a\0", "*/alert(1)/*", "a'", "a\r\nSet-Cookie: x=y"])
@@ -11534,6 +11551,7 @@ class TestFiles:
     def test_a_range(self, get, asked, content, content_range):
         answer = get("/digits.txt", Range=asked)
         assert (answer.status, answer.body, answer.headers["content-range"]) == (206, content, content_range)
+        assert get("/digits.txt").headers["accept-ranges"] == "bytes"
 
     @for_each("asked", ["bytes=10-", "bytes=99-100", "bytes=-0"])
     def test_a_range_outside_of_the_file(self, get, asked):
