@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
+import gc
 import importlib.util
 import json
 import logging
@@ -139,10 +140,13 @@ def serve(arguments):
     publisher = threading.Thread(target=publish)
 
     def state():
+        if not getattr(sys, "_is_gil_enabled", lambda: True)():
+            gc.collect()                # else an event is freed when the thread that made it runs next, which may be never
         pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
         return {"descriptors": len(os.listdir("/proc/self/fd")), "threads": threading.active_count(),
                 "rss": pages * os.sysconf("SC_PAGE_SIZE") >> 20, "cpu": time.process_time(), "published": published,
                 "sessions": sum(len(server.sessions) for server in servers), "lines": log.count,
+                "held": sum(session.hold is not None for server in servers for session in server.sessions),
                 "memory": sum(server.memory.used for server in servers), "unexpected": log.unexpected[:5]}
 
     print(json.dumps([server.port for server in servers]), flush=True)
@@ -645,6 +649,7 @@ def check_stop(server, tls):
             if wire not in wires:
                 wire.read_batch()
                 wires.append(wire)
+    wait_until(server, lambda state: state["held"] == len(wires))
     server.tell("stop")
     answered = 0
     for wire in wires:
